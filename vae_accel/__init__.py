@@ -1,0 +1,37 @@
+"""One call makes any diffusers VAE, and the vision encoder beside it, faster, with a proof that the picture did not change."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "optimize": "api",
+    "optimize_vae": "api",
+    "optimize_encoder": "api",
+    "restore": "api",
+    "paused": "api",
+    "report": "api",
+    "Report": "reports",
+    "Tier": "rewrite",
+}
+_ROOMS = ("platforms", "metrics", "workloads", "verify", "bench", "demo", "settings")
+__all__ = [*_HOME, *_ROOMS]
+
+if TYPE_CHECKING:
+    from vae_accel.api import optimize, optimize_encoder, optimize_vae, paused, report, restore
+    from vae_accel.reports import Report
+    from vae_accel.rewrite import Tier
+
+
+def __getattr__(name: str):
+    """Public names resolve at first use, so that the import itself loads neither torch nor diffusers."""
+    if name in _HOME:
+        return getattr(import_module(f"vae_accel.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"vae_accel.{name}")
+    raise AttributeError(f"module 'vae_accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,221 @@
+"""The only code that changes somebody else's module, and the ledger that undoes it.
+
+A *slot* is a method on an instance or the memory layout of a parameter. Each has one owner; a second claim is an error
+unless the claimant declares that it goes `over` the owner (it handles a case and hands the rest down). The ledger sits
+on the root, finds modules by path, and survives deepcopy and pickle together with the edits it lists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEDGER = "_vae_accel"
+
+
+class SlotTaken(RuntimeError):
+    """A rewrite claimed a slot that another one owns, or that code outside this package has replaced."""
+
+
+@dataclass
+class Edit:
+    """One change: `old` and `new` are functions (None: the class's own) for a method slot, strides for a layout slot."""
+
+    by: str
+    path: str
+    slot: str
+    kind: str
+    old: Any
+    new: Any
+
+
+@dataclass
+class Outcome:
+    """What became of one rewrite. `state` is on, off, or failed (rolled back); `why` says so in words."""
+
+    name: str
+    tier: str
+    state: str
+    why: str
+    taken: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Ledger:
+    """What was done to a root, in order. `request` identifies the call that did it, so that two calls equal one."""
+
+    platform: str = ""
+    request: str = ""
+    note: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+
+    def owner(self, path: str, slot: str) -> str | None:
+        """The rewrite that holds a slot now, or None."""
+        return next((e.by for e in reversed(self.edits) if (e.path, e.slot) == (path, slot)), None)
+
+    def undo(self, root: nn.Module) -> None:
+        for edit in reversed(self.edits):
+            _put(root.get_submodule(edit.path), edit, edit.new, edit.old)
+
+    def redo(self, root: nn.Module) -> None:
+        for edit in self.edits:
+            _put(root.get_submodule(edit.path), edit, edit.old, edit.new)
+
+
+def ledger_of(root: nn.Module) -> Ledger | None:
+    """The ledger of a root that was optimized, or None."""
+    return root.__dict__.get(LEDGER)
+
+
+class Pen:
+    """Writes for one rewrite on one root. Edits reach the ledger at once; `rollback` takes back what this pen wrote."""
+
+    def __init__(self, root: nn.Module, ledger: Ledger, by: str, over: tuple[str, ...] = ()):
+        self._root, self._ledger, self._by, self._over = root, ledger, by, over
+        self._start = len(ledger.edits)
+
+    def method(self, path: str, name: str, function: Callable[..., Any], *facts: Any) -> None:
+        """Makes `module.name(*args)` call `function(module, below, *facts, *args)`; `below` is what was there before.
+
+        Beneath hooks: a `forward` that accelerate or diffusers wrapped on the instance keeps its wrapper.
+
+        Raises:
+            SlotTaken: another rewrite owns the slot, or the instance carries a forward this package cannot see through.
+        """
+        self._claim(path, name)
+        module = self._root.get_submodule(path)
+        holder, key = _held(module, name, self._ledger) or (module.__dict__, name)
+        old = holder.get(key)
+        below = _bound(module, name) if old is None else old
+        new = functools.partial(function, module, below, *facts)
+        holder[key] = new
+        self._ledger.edits.append(Edit(self._by, path, name, "method", old, new))
+
+    def layout(self, path: str, name: str, order: tuple[int, ...]) -> None:
+        """Stores a parameter with its dimensions in memory `order` (outermost first). Values and shape stay.
+
+        A layout instead of a second tensor: it cannot go stale, and it costs no memory. Left alone where there is
+        nothing to lay out: an offloaded parameter that sits on the meta device between calls.
+        """
+        self._claim(path, name)
+        parameter = getattr(self._root.get_submodule(path), name)
+        if parameter.device.type == "meta":
+            return
+        old = parameter.stride()
+        new = _strides(parameter.shape, order)
+        _restride(parameter, new)
+        self._ledger.edits.append(Edit(self._by, path, name, "layout", old, new))
+
+    def rollback(self) -> None:
+        for edit in reversed(self._ledger.edits[self._start :]):
+            _put(self._root.get_submodule(edit.path), edit, edit.new, edit.old)
+        del self._ledger.edits[self._start :]
+
+    def _claim(self, path: str, slot: str) -> None:
+        reason = obstacle(self._root, self._ledger, path, slot, self._over)
+        if reason is not None:
+            raise SlotTaken(f"{self._by} cannot write {path or 'the root'!r}: {reason}")
+
+
+def obstacle(root: nn.Module, ledger: Ledger, path: str, slot: str, over: tuple[str, ...] = ()) -> str | None:
+    """Why a rewrite that goes `over` others cannot claim a slot, in words; None when it can."""
+    owner = ledger.owner(path, slot)
+    if owner is not None and owner not in over:
+        return f"{slot} is owned by {owner}"
+    module = root.get_submodule(path)
+    replaced = module.__dict__.get(slot)
+    if replaced is not None and _held(module, slot, ledger) is None:
+        return (
+            f"{slot} was replaced on the instance by {_name(replaced)}: undo that patch, or optimize before it is made"
+        )
+    return None
+
+
+def unusable_weight(module: nn.Module, name: str = "weight") -> str | None:
+    """Why a parameter cannot be read or laid out as a plain tensor (parametrized, quantized), or None."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return f"{name} is computed by a parametrization"
+    if type(parameter.data) is not Tensor:
+        return f"{name} is quantized or wrapped ({type(parameter.data).__name__})"
+    if not parameter.is_floating_point():
+        return f"{name} is quantized ({parameter.dtype})"
+    return None
+
+
+def _holders(module: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every place where a method's own function may sit: the instance, or inside a hook that wrapped it.
+
+    accelerate keeps it as `_old_forward`; diffusers' HookRegistry in `_fn_refs` (hooks.py, 0.35 to 0.42).
+    """
+    yield module.__dict__, name
+    if name == "forward":
+        if "_old_forward" in module.__dict__:
+            yield module.__dict__, "_old_forward"
+        for reference in getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
+            yield vars(reference), "forward"
+            yield vars(reference), "original_forward"
+
+
+def _held(module: nn.Module, name: str, ledger: Ledger) -> tuple[dict[str, Any], str] | None:
+    """Where the innermost function sits that is the class's own or this package's; None where neither is found."""
+    ours = [e.new for e in ledger.edits]
+    for holder, key in _holders(module, name):
+        function = holder.get(key)
+        if _is_plain(module, name, function) or any(function is new for new in ours):
+            return holder, key
+    return None
+
+
+def _bound(module: nn.Module, name: str) -> Callable[..., Any]:
+    return getattr(type(module), name).__get__(module)
+
+
+def _is_plain(module: nn.Module, name: str, function: Any) -> bool:
+    return getattr(function, "__func__", None) is getattr(type(module), name)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def _put(module: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
+    """Replaces `present` by `wanted` in a slot, wherever a hook may have moved it since."""
+    if edit.kind == "layout":
+        parameter = getattr(module, edit.slot)
+        if parameter.device.type != "meta":
+            _restride(parameter, wanted)
+        return
+    for holder, key in _holders(module, edit.slot):
+        here = holder.get(key)
+        if here is present or (present is None and _is_plain(module, edit.slot, here)):
+            break
+    else:
+        raise SlotTaken(f"{type(module).__name__}.{edit.slot} no longer holds what {edit.by} put there; cannot undo it")
+    if wanted is not None:
+        holder[key] = wanted
+    elif holder is module.__dict__ and key == edit.slot:
+        del holder[key]
+    else:  # a hook wrapped the module after us: it keeps calling, now the class's own
+        holder[key] = _bound(module, edit.slot)
+
+
+def _strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * max(shape[dim], 1)
+    return tuple(strides)
+
+
+def _restride(parameter: Tensor, strides: tuple[int, ...]) -> None:
+    if parameter.stride() == strides:
+        return
+    data = parameter.data
+    parameter.data = torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)

@@ -1,0 +1,77 @@
+"""What a rewrite is: a name, a tier, the sites it finds in a model, and how it takes one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vae_accel.edits import Ledger, Pen
+
+
+class Tier(str, Enum):
+    """How far the output may move; `floors` in metrics.py say how each promise is measured.
+
+    EXACT: bit for bit the stock output on the same device. ROUNDING: the same function in the same precision, no
+    further from an fp32 golden than stock is. LOWERED: fewer bits or another algorithm, measured and reported.
+    """
+
+    EXACT = "exact"
+    ROUNDING = "rounding"
+    LOWERED = "lowered"
+
+    def allows(self, other: Tier) -> bool:
+        """Whether a model optimized at this tier may carry a rewrite of tier `other`."""
+        order = list(Tier)
+        return order.index(other) <= order.index(self)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place a rewrite looked at: taken when `refused` is None, otherwise left alone for the reason it holds.
+
+    `path` is dotted from the root ('' is the root itself); `facts` is what `apply` needs to know, found by `sites`.
+    """
+
+    path: str
+    refused: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rewrite(ABC):
+    """A change to a model in place. Subclasses are frozen dataclasses: their fields are what a platform may choose.
+
+    `over` names rewrites whose method slot this one may claim on top of: it handles a case and hands the rest to them.
+    `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own.
+    """
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    over: ClassVar[tuple[str, ...]] = ()
+    lowers: ClassVar[bool] = False  # takes compute_dtype
+
+    @abstractmethod
+    def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
+        """Every place in `root` this rewrite is about, taken or refused with the reason. Looks, never touches."""
+
+    @abstractmethod
+    def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
+        """Takes one site, writing only through `pen`."""
+
+
+def runs_stock(*tensors: Tensor | None) -> bool:
+    """Whether this call must run stock arithmetic: a gradient is wanted, or autocast decides the dtypes.
+
+    Autograd through our forms would be right but is not what was proved; under autocast stock promotes norms to fp32.
+    """
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return True
+    return torch.is_autocast_enabled(given[0].device.type)

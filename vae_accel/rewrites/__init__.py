@@ -1,0 +1,14 @@
+"""The general passes, one file each. A rewrite never imports another; platforms put them in order."""
+
+NAMES = (
+    "native_reshape",
+    "patch_embed_as_linear",
+    "bilinear_pos_embed",
+    "fused_norm_act",
+    "folded_upsample",
+    "causal_padding",
+    "conv3d_as_conv2d",
+    "single_frame_conv",
+    "channels_last",
+    "math_attention",
+)

@@ -1,0 +1,170 @@
+"""Conv3d as batched Conv2d: time becomes batch, and the taps in time become channels or a sum.
+
+A Conv3d over [N, C, T, H, W] is, for each of its kt taps in time, a Conv2d over frames. Two forms:
+
+- `stack`: the kt shifted inputs are concatenated along channels and one Conv2d does the rest, so the accumulation stays
+  inside one kernel. Materialises kt copies of the input; walking over time bounds them (`budget` bytes).
+- `sum`: kt Conv2d whose results are added. No copy. In 16 bits each partial result is rounded, so the sum is formed in
+  fp32 from rounded parts: the error of one convolution grows to about sqrt(2) of stock's (`auto` uses it in fp32 only).
+
+The weight is not copied: its memory is laid out so that each tap, or the stack of taps, is a view of it (`Pen.layout`).
+The slot is `_conv_forward(x, weight, bias)`, the arithmetic alone (private in torch, stable since 1.5): causal padding
+and feature caches live in the `forward` of the subclasses and are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
+from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+
+Form = Literal["stack", "sum", "auto"]
+
+
+@dataclass(frozen=True)
+class Conv3dAsConv2d(Rewrite):
+    """`max_channels` limits the pass to convolutions whose wider side has at most so many channels (0: no limit)."""
+
+    name = "conv3d_as_conv2d"
+    tier = Tier.ROUNDING
+    lowers = True
+
+    form: Form = "auto"
+    max_channels: int = 0
+    channels_last: bool = True
+    budget: int = 1 << 28
+    compute_dtype: torch.dtype | None = None
+
+    def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
+        for path, module in root.named_modules():
+            if isinstance(module, nn.Conv3d):
+                yield Site(path, self._refusal(root, ledger, path, module))
+
+    def _refusal(self, root: nn.Module, ledger: Ledger, path: str, conv: nn.Conv3d) -> str | None:
+        if type(conv)._conv_forward is not nn.Conv3d._conv_forward:
+            return f"{type(conv).__name__} has arithmetic of its own (_conv_forward)"
+        if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+            return "its shape is not known yet (lazy)"
+        if self.max_channels and max(conv.in_channels, conv.out_channels) > self.max_channels:
+            return f"wider than {self.max_channels} channels, where the vendor's Conv3d is faster"
+        return unusable_weight(conv) or obstacle(root, ledger, path, "_conv_forward")
+
+    def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
+        conv = root.get_submodule(site.path)
+        form = "sum" if conv.groups > 1 else self.form
+        if conv.groups == 1:  # a grouped weight has its taps as strided views already; stacking would interleave groups
+            pen.layout(site.path, "weight", _order(_settle(form, conv.weight.dtype), self.channels_last))
+        pen.method(site.path, "_conv_forward", conv_forward, form, self.budget, self.compute_dtype)
+
+
+def conv_forward(
+    conv: nn.Conv3d,
+    below: Callable[..., Tensor],
+    form: Form,
+    budget: int,
+    compute_dtype: torch.dtype | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`nn.Conv3d._conv_forward` on [N, C, T, H, W] or [C, T, H, W]: same shape, dtype and memory format as stock."""
+    if runs_stock(input, weight, bias) or input.numel() == 0 or input.device.type == "meta":
+        return below(input, weight, bias)
+    x = input.unsqueeze(0) if input.dim() == 4 else input
+    out_dtype = x.dtype
+    if compute_dtype is not None and x.dtype.itemsize > compute_dtype.itemsize:
+        x, weight = x.to(compute_dtype), weight.to(compute_dtype)
+        bias = None if bias is None else bias.to(compute_dtype)
+    x, spatial = _pad(x, conv)
+    kt, st, dt = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    frames = (x.shape[2] - dt * (kt - 1) - 1) // st + 1
+    if frames < 1 or x.shape[1] != conv.in_channels:
+        return below(input, weight, bias)  # stock says what is wrong
+    taps = [slice(t * dt, t * dt + st * (frames - 1) + 1, st) for t in range(kt)]
+    options = dict(stride=conv.stride[1:], padding=spatial, dilation=conv.dilation[1:], groups=conv.groups)
+    if kt == 1:
+        out = _conv2d(x[:, :, taps[0]], weight[:, :, 0], bias, options)
+    elif _settle(form, x.dtype) == "sum":
+        out = _sum(x, weight, bias, taps, options)
+    else:
+        out = _stack(x, weight, bias, taps, options, budget)
+    out = out.to(out_dtype)
+    return out.squeeze(0) if input.dim() == 4 else out
+
+
+def _settle(form: Form, dtype: torch.dtype) -> Form:
+    if form != "auto":
+        return form
+    return "sum" if dtype.itemsize > 2 else "stack"
+
+
+def _order(form: Form, channels_last: bool) -> tuple[int, ...]:
+    """Memory order of a weight [O, I, kt, kh, kw] in which what each Conv2d reads is a dense view."""
+    if form == "sum":
+        return (2, 0, 3, 4, 1) if channels_last else (2, 0, 1, 3, 4)
+    return (0, 3, 4, 2, 1) if channels_last else (0, 2, 1, 3, 4)
+
+
+def _pad(x: Tensor, conv: nn.Conv3d) -> tuple[Tensor, tuple[int, int]]:
+    """Applies what a Conv2d over frames cannot: padding in time, in a mode, or uneven. Returns the rest for it to do."""
+    w0, w1, h0, h1, t0, t1 = conv._reversed_padding_repeated_twice
+    if conv.padding_mode != "zeros":
+        return F.pad(x, (w0, w1, h0, h1, t0, t1), mode=conv.padding_mode), (0, 0)
+    if not isinstance(
+        conv.padding, str
+    ):  # causal subclasses reset `padding` to 0 after construction and pad themselves
+        t0, h0, w0 = t1, h1, w1 = conv.padding
+    if (w0, h0) == (w1, h1):
+        return (F.pad(x, (0, 0, 0, 0, t0, t1)) if t0 or t1 else x), (h0, w0)
+    return F.pad(x, (w0, w1, h0, h1, t0, t1)), (0, 0)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """A Conv2d over every frame of [N, C, T, H, W]: [N, O, T, H', W'] in the input's memory format."""
+    n, c, t, h, w = x.shape
+    last = _is_channels_last(x)
+    y = F.conv2d(x.transpose(1, 2).reshape(n * t, c, h, w), weight, bias, **options)
+    y = y.unflatten(0, (n, t)).transpose(1, 2)
+    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+
+
+def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, taps: list[slice], options: dict[str, Any]) -> Tensor:
+    total = _conv2d(x[:, :, taps[0]], weight[:, :, 0], bias, options)
+    if total.dtype.itemsize == 2:
+        total = total.float()
+    for t, tap in enumerate(taps[1:], 1):
+        total += _conv2d(x[:, :, tap], weight[:, :, t], None, options)
+    return total
+
+
+def _stack(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: list[slice], options: dict[str, Any], budget: int
+) -> Tensor:
+    stacked = weight.transpose(1, 2).flatten(1, 2)  # [O, kt * I, kh, kw], a view in the layout `_order` gives
+    frames = len(range(*taps[0].indices(x.shape[2])))
+    frame_bytes = len(taps) * math.prod(x.shape[:2]) * math.prod(x.shape[3:]) * x.element_size()
+    walk = max(1, min(frames, budget // max(frame_bytes, 1)))
+    out = None
+    for first in range(0, frames, walk):
+        piece = torch.cat([x[:, :, tap][:, :, first : first + walk] for tap in taps], 1)
+        y = _conv2d(piece, stacked, bias, options)
+        if walk >= frames:
+            return y
+        if out is None:
+            format = torch.channels_last_3d if _is_channels_last(x) else torch.contiguous_format
+            shape = (*y.shape[:2], frames, *y.shape[3:])
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=format)
+        out[:, :, first : first + walk] = y
+    return out
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()

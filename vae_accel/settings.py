@@ -1,0 +1,112 @@
+"""Every environment variable of the package, typed, in one table; the only reader of the environment.
+
+Read when a model is optimized, never at import and never in a forward. A keyword of `optimize` wins over a variable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, create_model
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "VAE_ACCEL_"
+Switch = Literal["auto", "0", "1"]
+PlatformName = Literal["auto", "cuda", "rocm", "npu", "cpu"]
+TierName = Literal["exact", "rounding", "lowered"]
+
+
+class SettingsError(ValueError):
+    """A setting has a value, or a name, that does not exist; the message names the choices."""
+
+
+class _Variables(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", env_ignore_empty=True)
+
+    platform: PlatformName = Field("auto", description="whose plan to use; auto: the device of the module's parameters")
+    tier: TierName = Field("rounding", description="how far a rewrite may go: bit-exact, same precision, or fewer bits")
+    strict: bool = Field(
+        False, description="raise when a rewrite fails to install, instead of rolling it back and saying so"
+    )
+    bf16: bool = Field(
+        False, description="run the rewritten convolutions in bf16 inside a higher-precision model (lowered)"
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for. `switches` maps a rewrite's name to auto (the platform decides), 0 (off) or 1 (must apply)."""
+
+    platform: PlatformName
+    tier: TierName
+    strict: bool
+    bf16: bool
+    switches: dict[str, Switch]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of the table that `vae-accel env` prints: its current `value` as text, its default, choices and meaning."""
+
+    name: str
+    value: str
+    default: str
+    choices: str
+    meaning: str
+
+
+def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
+    """Reads the environment; `overrides` are settings by name (`tier="exact"`, `conv3d_as_conv2d="0"`) and win over it.
+
+    Raises:
+        SettingsError: an unknown setting or a value outside its choices, from either source.
+    """
+    names = tuple(rewrites)
+    variables = _table(names)
+    fields = variables.model_fields
+    known = {PREFIX + field.upper() for field in fields}
+    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n.upper() not in known)
+    unknown += sorted(set(overrides) - set(fields))
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")
+    given = {k: (_switch(v) if k in names else v) for k, v in overrides.items() if v is not None}
+    try:
+        values = variables(**given).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]).lower().removeprefix(PREFIX.lower())
+        choices = _choices(fields[field].annotation)
+        raise SettingsError(f"{PREFIX}{field.upper()}={first['input']!r}: choose one of {choices}") from error
+    return Settings(switches={n: values.pop(n) for n in names}, **values)
+
+
+def table(rewrites: Iterable[str]) -> list[Variable]:
+    """Every variable with its value now: the source of `vae-accel env` and of the README's table."""
+    names = tuple(rewrites)
+    settings = read(names)
+    rows = []
+    for field, info in _table(names).model_fields.items():
+        value = settings.switches[field] if field in settings.switches else getattr(settings, field)
+        default, choices = _text(info.default), _choices(info.annotation)
+        rows.append(Variable(PREFIX + field.upper(), _text(value), default, choices, info.description or ""))
+    return rows
+
+
+def _table(rewrites: tuple[str, ...]) -> type[_Variables]:
+    switches = {n: (Switch, Field("auto", description=f"the rewrite {n}: 1 must apply, 0 off")) for n in rewrites}
+    return create_model("Variables", __base__=_Variables, **switches)  # type: ignore[call-overload]
+
+
+def _switch(value: Any) -> Any:
+    return {True: "1", False: "0"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _choices(annotation: Any) -> str:
+    return ", ".join(get_args(annotation)) if get_args(annotation) else "0, 1"
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
