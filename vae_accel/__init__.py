@@ -1,4 +1,4 @@
-"""One call makes any diffusers VAE, and the vision encoder beside it, faster, with a proof that the picture did not change."""
+"""One call makes any diffusers VAE, and the vision encoder beside it, faster, with a proof."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -15,8 +15,24 @@ _HOME = {
     "Report": "reports",
     "Tier": "rewrite",
 }
-_ROOMS = ("platforms", "metrics", "workloads", "verify", "bench", "demo", "settings")
-__all__ = [*_HOME, *_ROOMS]
+_ROOMS = ("bench", "demo", "metrics", "platforms", "settings", "verify", "workloads")
+__all__ = [
+    "Report",
+    "Tier",
+    "bench",
+    "demo",
+    "metrics",
+    "optimize",
+    "optimize_encoder",
+    "optimize_vae",
+    "paused",
+    "platforms",
+    "report",
+    "restore",
+    "settings",
+    "verify",
+    "workloads",
+]
 
 if TYPE_CHECKING:
     from vae_accel.api import optimize, optimize_encoder, optimize_vae, paused, report, restore

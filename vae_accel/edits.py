@@ -24,7 +24,7 @@ class SlotTaken(RuntimeError):
 
 @dataclass
 class Edit:
-    """One change: `old` and `new` are functions (None: the class's own) for a method slot, strides for a layout slot."""
+    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout."""
 
     by: str
     path: str

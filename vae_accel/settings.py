@@ -38,7 +38,7 @@ class _Variables(BaseSettings):
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for. `switches` maps a rewrite's name to auto (the platform decides), 0 (off) or 1 (must apply)."""
+    """What was asked for. `switches`: a rewrite's name to auto (the platform decides), 0 (off) or 1 (must apply)."""
 
     platform: PlatformName
     tier: TierName
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variable:
-    """One row of the table that `vae-accel env` prints: its current `value` as text, its default, choices and meaning."""
+    """One row of the table that `vae-accel env` prints: its value now, its default, its choices and what it means."""
 
     name: str
     value: str

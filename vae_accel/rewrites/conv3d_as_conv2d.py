@@ -89,7 +89,7 @@ def conv_forward(
     if frames < 1 or x.shape[1] != conv.in_channels:
         return below(input, weight, bias)  # stock says what is wrong
     taps = [slice(t * dt, t * dt + st * (frames - 1) + 1, st) for t in range(kt)]
-    options = dict(stride=conv.stride[1:], padding=spatial, dilation=conv.dilation[1:], groups=conv.groups)
+    options = {"stride": conv.stride[1:], "padding": spatial, "dilation": conv.dilation[1:], "groups": conv.groups}
     if kt == 1:
         out = _conv2d(x[:, :, taps[0]], weight[:, :, 0], bias, options)
     elif _settle(form, x.dtype) == "sum":
@@ -114,13 +114,13 @@ def _order(form: Form, channels_last: bool) -> tuple[int, ...]:
 
 
 def _pad(x: Tensor, conv: nn.Conv3d) -> tuple[Tensor, tuple[int, int]]:
-    """Applies what a Conv2d over frames cannot: padding in time, in a mode, or uneven. Returns the rest for it to do."""
+    """Applies what a Conv2d over frames cannot: padding in time, in a mode, or uneven; returns what is left to it."""
     w0, w1, h0, h1, t0, t1 = conv._reversed_padding_repeated_twice
     if conv.padding_mode != "zeros":
         return F.pad(x, (w0, w1, h0, h1, t0, t1), mode=conv.padding_mode), (0, 0)
     if not isinstance(
         conv.padding, str
-    ):  # causal subclasses reset `padding` to 0 after construction and pad themselves
+    ):  # causal subclasses reset `padding` to 0 and pad themselves
         t0, h0, w0 = t1, h1, w1 = conv.padding
     if (w0, h0) == (w1, h1):
         return (F.pad(x, (0, 0, 0, 0, t0, t1)) if t0 or t1 else x), (h0, w0)
