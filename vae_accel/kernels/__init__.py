@@ -1,0 +1,1 @@
+"""One file an op: the torch reference that is the law, the Triton form, and the `torch.library` registration."""

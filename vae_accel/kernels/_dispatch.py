@@ -1,0 +1,131 @@
+"""What every kernel file shares: Triton bound at first launch, the choice of form, and the two dense layouts.
+
+Triton is imported by the first launch, not by the import of a kernel file, so that machines without it (NPU, macOS)
+import and run the references, and a CPU run never pays for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class LazyKernel:
+    """A Triton kernel still to be bound: `kernel[grid](...)` imports Triton, names it `tl` and compiles at first use."""
+
+    bound: list[LazyKernel] = []
+
+    def __init__(self, fn: Callable[..., None]) -> None:
+        self.fn = fn
+        self._form: Any = None
+        functools.update_wrapper(self, fn)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return (self._form or self.bind())[grid]
+
+    def bind(self) -> Any:
+        """The `triton.jit` form of the kernel: compiled, or interpreted where Triton's knob says so."""
+        triton = importlib.import_module("triton")
+        self.fn.__globals__["tl"] = importlib.import_module("triton.language")
+        self._form = triton.jit(self.fn)
+        LazyKernel.bound.append(self)
+        return self._form
+
+    @classmethod
+    def unbind_all(cls) -> None:
+        """Forget every bound form. Needed when Triton's `interpret` knob is turned, which is read when binding."""
+        for kernel in cls.bound:
+            kernel._form = None
+        cls.bound.clear()
+
+
+class Signature(NamedTuple):
+    """What `triton.compiler.ASTSource` takes to compile a kernel ahead of time, without a GPU."""
+
+    kernel: LazyKernel
+    types: dict[str, str]
+    constexprs: dict[str, Any]
+
+
+def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str, Any]) -> Signature:
+    """Pointers and constexprs as named; `eps` is a float and every other argument a 32-bit integer."""
+    types = {}
+    for name in inspect.signature(kernel.fn).parameters:
+        rest = "fp32" if name == "eps" else "i32"
+        types[name] = "constexpr" if name in constexprs else f"*{pointers[name]}" if name in pointers else rest
+    return Signature(kernel, types, constexprs)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    # A process that has not imported Triton cannot have asked for its interpreter.
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def triton_available(x: Tensor) -> bool:
+    """Whether `x` can go through a Triton kernel: on CUDA or HIP with Triton installed, or on the CPU interpreted."""
+    if x.dtype not in DTYPES:
+        return False
+    return _has_triton() if x.is_cuda else x.device.type == "cpu" and _interpreting()
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors. The Triton forms have no backward: the references do."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `[N, C, *spatial]` is nearer to channels-last than to contiguous (any number of spatial dimensions)."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def empty_in_layout_of(x: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
+    """Uninitialised `shape` (default: that of `x`) in x's dtype and device, in the dense layout nearest to x's."""
+    batch, channels, *spatial = x.shape if shape is None else shape
+    if is_channels_last(x):
+        return torch.empty((batch, *spatial, channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
+    return torch.empty((batch, channels, *spatial), dtype=x.dtype, device=x.device)
+
+
+def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
+    """`result` in the dense layout nearest to x's: itself where it already has those strides."""
+    out = empty_in_layout_of(x, result.shape)
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def flat_stride(x: Tensor, start: int) -> int | None:
+    """The stride of dimensions `start:` walked as one axis, or None where they are no single axis."""
+    stride = extent = None
+    for size, step in zip(reversed(x.shape[start:]), reversed(x.stride()[start:])):
+        if size == 1:
+            continue
+        if stride is None:
+            stride, extent = step, step
+        elif step != extent:
+            return None
+        extent *= size
+    return 1 if stride is None else stride
+
+
+def flattenable(x: Tensor, start: int = 2) -> Tensor:
+    """`x`, or a copy in its nearest dense layout where dimensions `start:` cannot be walked with one stride."""
+    return x if flat_stride(x, start) is not None else empty_in_layout_of(x).copy_(x)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
