@@ -1,0 +1,146 @@
+"""RMS norm over the channels of `[N, C, *spatial]`, then SiLU where asked, in one pass, in either dense layout.
+
+Stock is a chain of 5 to 7 elementwise passes: Wan's `F.normalize` in fp32 and back, `* scale * gamma + bias`, SiLU;
+LTX's also moves the channels to the end and back.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import (
+    LazyKernel,
+    Signature,
+    differentiates,
+    empty_in_layout_of,
+    flat_stride,
+    flattenable,
+    in_layout_of,
+    is_channels_last,
+    next_power_of_2,
+    signature,
+    triton_available,
+)
+
+tl: Any = None  # triton.language, bound at the first launch
+
+MODES = ("l2", "mean")
+TILE = 4096  # elements a program holds at a time
+WARPS = 4
+PIXELS_PER_LINE = 32  # positions of a contiguous tile: 64 bytes of bf16, two DRAM sectors
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, act: bool, mode: str = "l2"
+) -> Tensor:
+    """The law: in fp32 (fp64 for fp64), rounded once to x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = x.to(wide)
+    if mode == "l2":
+        values = F.normalize(values, dim=1, eps=eps) * math.sqrt(x.shape[1])
+    else:
+        values = values * torch.rsqrt(values.square().mean(1, keepdim=True) + eps)
+    per_channel = (-1, *[1] * (x.dim() - 2))
+    if weight is not None:
+        values = values * weight.to(wide).reshape(per_channel)
+    if bias is not None:
+        values = values + bias.to(wide).reshape(per_channel)
+    return (F.silu(values) if act else values).to(x.dtype)
+
+
+@LazyKernel
+def _rms_norm(
+    x, out, weight, bias, eps, C, S, stride_n, stride_c, stride_s, out_n, out_c, out_s,
+    L2: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    inside = (row < S) & (col < C)
+    source = x + batch * stride_n + row * stride_s + col.to(tl.int64) * stride_c
+    value = tl.load(source, mask=inside, other=0).to(tl.float32)
+    square = tl.sum(value * value, axis=1, keep_dims=True)
+    if L2:
+        value *= tl.sqrt(1.0 * C) / tl.maximum(tl.sqrt(square), eps)
+    else:
+        value *= 1.0 / tl.sqrt(square / C + eps)
+    if weight is not None:
+        value *= tl.load(weight + col, mask=col < C, other=0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + col, mask=col < C, other=0).to(tl.float32)
+    if ACT:
+        value = value / (1 + tl.exp(-value))
+    target = out + batch * out_n + row * out_s + col.to(tl.int64) * out_c
+    tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str) -> Tensor:
+    out = empty_in_layout_of(x)
+    if x.numel() == 0:
+        return out
+    x = flattenable(x)
+    batch, C, *spatial = x.shape
+    S = math.prod(spatial)
+    COLS = next_power_of_2(C)
+    # All channels of a position meet in one program. Contiguous, the positions are the fast axis and need a line.
+    ROWS = max(TILE // COLS, 1 if is_channels_last(x) else PIXELS_PER_LINE)
+    with torch.cuda.device_of(x):
+        _rms_norm[-(-S // ROWS), batch](
+            x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x, 2),
+            out.stride(0), out.stride(1), flat_stride(out, 2),
+            L2=mode == "l2", ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
+        )  # fmt: skip
+    return out
+
+
+def _run(
+    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, act: bool, mode: str
+) -> Tensor:  # fmt: skip
+    if triton_available(x):
+        return _launch(x, weight, bias, eps, act, mode)
+    return in_layout_of(x, reference(x, weight, bias, eps, act=act, mode=mode))
+
+
+_op = torch.library.custom_op("vae_accel::rms_norm_act", _run, mutates_args=())
+_op.register_fake(lambda x, *_: empty_in_layout_of(x))
+
+
+def rms_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    act: bool,
+    mode: str = "l2",
+) -> Tensor:
+    """RMS norm over dimension 1, then SiLU if `act`. `x` and the result are `[N, C, *spatial]`, of x's dtype and layout.
+
+    `mode="l2"` is Wan's: `x / max(|x|_2, eps) * sqrt(C) * weight + bias` (stock eps is 1e-12). `mode="mean"` is
+    LTX's: `x / sqrt(mean(x²) + eps) * weight + bias`. `weight` and `bias` have C elements in any shape and floating
+    dtype, or are None. Arithmetic is fp32 with one rounding. Where autograd records, the reference runs.
+
+    Raises:
+        ValueError: an unknown `mode`, or a weight or bias without C elements.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.numel() != x.shape[1]:
+            raise ValueError(f"{name} must have {x.shape[1]} elements, one a channel, got {tuple(parameter.shape)}")
+    if differentiates(x, weight, bias):
+        return reference(x, weight, bias, eps, act=act, mode=mode)
+    run = _op if torch.compiler.is_compiling() else _run
+    return run(x, weight, bias, eps, act, mode)
+
+
+def signatures() -> list[Signature]:
+    """The kernel as it is compiled ahead of time in the tests."""
+    pointers = {"x": "bf16", "out": "bf16", "weight": "bf16"}
+    shape = {"bias": None, "ACT": True, "ROWS": 32, "COLS": 128}
+    return [signature(_rms_norm, pointers, {**shape, "L2": L2}) for L2 in (True, False)]
