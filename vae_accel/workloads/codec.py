@@ -50,4 +50,9 @@ def decode(vae: nn.Module, latent: Tensor, **kwargs: Any) -> Tensor:
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     """The latent that `vae` encodes `pixels` to: the mode of the posterior where there is one."""
     call: Any = vae.encode
+    model: Any = vae
+    if type(vae).__name__ == "AutoencoderVidTok" and model.is_causal:
+        # VidTok repeats the first frame in `forward`, before it calls `encode`; every other class does so inside.
+        first = pixels[:, :, :1].repeat(1, 1, model.temporal_compression_ratio - 1, 1, 1)
+        pixels = torch.cat([first, pixels], 2)
     return _tensor(call(pixels))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # conv_out reads silu of a normalised tensor, whose RMS is 0.6; at a third of the usual gain frames have a standard
 # deviation of about 0.2, so that five of them fit below the clamp to [-1, 1] with which Wan and Qwen-Image end.
 OUTPUT_GAIN = 1 / 3
+_OUTPUTS = ("decoder.conv_out", "decoder.proj_out")
 _MATRICES = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
@@ -31,7 +32,7 @@ def _random(module: nn.Module, path: str, name: str, shape: torch.Size, generato
     if "bias" in name:
         return value.mul_(0.1)
     if isinstance(module, _MATRICES):
-        gain = OUTPUT_GAIN if "decoder.conv_out" in path else 1.0
+        gain = OUTPUT_GAIN if path.startswith(_OUTPUTS) else 1.0
         return value.mul_(gain / math.sqrt(math.prod(shape[1:])))
     one_dimensional = value.numel() == max(shape, default=1)  # Wan's gamma is [C, 1, 1, 1]
     if one_dimensional and name in ("weight", "gamma"):
