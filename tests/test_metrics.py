@@ -119,7 +119,7 @@ def test_rounding_when_stock_is_the_golden(clip):
 
 
 def test_lowered_floors():
-    good = Comparison(45.0, 40.0, 3, 0.99, 40.0, 0.1, 0.01, 0.0)
+    good = Comparison(45.0, 40.0, 3, 0.99, 40.0, 0.1, 0.01, 0.0, values=10**6)
     assert lowered_holds(good) == (True, "")
     assert "worst frame 3 is 39.99 dB" in lowered_holds(replace(good, worst_frame_psnr=39.99))[1]
     assert "SSIM 0.9890" in lowered_holds(replace(good, ssim=0.989))[1]

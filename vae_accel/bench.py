@@ -54,7 +54,7 @@ class Timing(_Row):
 class Speed(_Row):
     """One direction of one workload. `compiled` is torch.compile of the stock encoder or decoder, when asked for."""
 
-    direction: Literal["decode", "encode"]
+    direction: Literal["decode", "encode", "embed"]
     stock: Timing
     ours: Timing
     speedup: float
@@ -74,6 +74,7 @@ class ProofRow(_Row):
     ours_worst_frame_psnr: float
     stock_worst_frame_psnr: float
     ours_ssim: float | None
+    ours_min_cosine: float | None
     rms_ratio: float
     identical: bool
 
@@ -97,17 +98,17 @@ class Result(_Row):
 
 
 def bench(
-    workload: workloads.Workload,
-    size: workloads.Size | None = None,
+    workload: workloads.Workload | workloads.Tower,
+    size: Any = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     platform: str | None = None,
     only: str | None = None,
     model: str | None = None,
-    directions: tuple[str, ...] = ("decode",),
+    directions: tuple[str, ...] | None = None,
     runs: int = 5,
-    proof_size: workloads.Size | None = None,
+    proof_size: Any = None,
     compiled: bool = False,
     commit: str | None = None,
     progress: verify.Progress = lambda text: None,
@@ -122,6 +123,8 @@ def bench(
     """
     size = size or workload.size()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tower = isinstance(workload, workloads.Tower)
+    directions = directions or (("embed",) if tower else ("decode",))
     options = {"platform": platform, "only": only, **settings}
     proof = verify.verify(
         workload,
@@ -139,14 +142,14 @@ def bench(
     progress("building")
     stock = workload.build(dtype, device, model=model)
     ours = copy.deepcopy(stock)
-    api.optimize_vae(ours, **options)
+    (api.optimize_encoder if tower else api.optimize_vae)(ours, **options)
     speed = []
     for direction in directions:
-        x = workload.inputs("noise", direction, size).to(device, dtype)  # type: ignore[arg-type]
+        x = verify.moved(workload.inputs("noise", direction, size), device, dtype)  # type: ignore[arg-type]
         progress(f"{direction}: {runs} runs each")
         calls: dict[str, Callable[[], Tensor]] = {
-            "stock": lambda x=x, d=direction: verify.run(stock, (d, "noise"), x),
-            "ours": lambda x=x, d=direction: verify.run(ours, (d, "noise"), x),
+            "stock": lambda x=x, d=direction: verify.run(workload, stock, d, x),
+            "ours": lambda x=x, d=direction: verify.run(workload, ours, d, x),
         }
         timings = alternate(calls, runs, device)
         extra = _compiled(stock, calls["stock"], direction, runs, device) if compiled else {}
@@ -239,7 +242,9 @@ def _compiled(
     vae: nn.Module, call: Callable[[], Any], direction: str, runs: int, device: torch.device
 ) -> dict[str, Any]:
     """torch.compile of the stock encoder or decoder (compiling `vae` itself compiles nothing: decode is no forward)."""
-    part = getattr(vae, f"{direction}r")
+    part = getattr(vae, f"{direction}r", None)
+    if part is None:
+        return {}
     setattr(vae, f"{direction}r", torch.compile(part, dynamic=False))
     start = time.perf_counter()
     call()
@@ -266,6 +271,7 @@ def _rows(proof: verify.Proof) -> list[ProofRow]:
                 ours_worst_frame_psnr=worst.ours.worst_frame_psnr,
                 stock_worst_frame_psnr=worst.stock.worst_frame_psnr,
                 ours_ssim=worst.ours.ssim,
+                ours_min_cosine=worst.ours.min_cosine,
                 rms_ratio=worst.ours.rms / worst.stock.rms if worst.stock.rms else 1.0,
                 identical=all(line.identical for line in lines),
             )

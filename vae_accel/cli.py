@@ -101,7 +101,7 @@ def bench(
                     platform=platform,
                     only=only,
                     model=model,
-                    directions=("decode", "encode") if encode else ("decode",),
+                    directions=("decode", "encode") if encode else None,
                     runs=runs,
                     proof_size=_size(chosen, proof_size) if proof_size else None,
                     compiled=compiled,
@@ -157,6 +157,8 @@ def list_(platform: PlatformOption = None) -> None:
             table.add_column(column)
         for workload in workloads.WORKLOADS.values():
             table.add_row(workload.name, workload.vae_class, workload.default_size)
+        for tower in workloads.TOWERS.values():
+            table.add_row(tower.name, tower.model_class.rpartition(".")[2], tower.default_size)
         console.print(table)
 
 
@@ -177,7 +179,20 @@ def print_proof(proof: Proof) -> None:
     table = Table(
         box=SIMPLE_HEAD, title=f"{proof.workload} {proof.size} {proof.dtype} on {proof.platform} ({proof.device})"
     )
-    columns = ("", "", "input", "tier", "PSNR dB", "stock", "worst frame", "stock", "SSIM", "SQNR dB", "max error", "")
+    columns = (
+        "",
+        "",
+        "input",
+        "tier",
+        "PSNR dB",
+        "stock",
+        "worst frame",
+        "stock",
+        "SSIM / cosine",
+        "SQNR dB",
+        "max error",
+        "",
+    )
     for column in columns:
         table.add_column(column, no_wrap=column == "")
     for line in proof.lines:
@@ -191,7 +206,7 @@ def print_proof(proof: Proof) -> None:
             f"{stock.psnr:.2f}",
             f"{ours.worst_frame_psnr:.2f} (#{ours.worst_frame})",
             f"{stock.worst_frame_psnr:.2f}",
-            f"{ours.ssim:.5f}" if ours.ssim is not None else "",
+            _likeness(ours),
             f"{ours.sqnr:.2f}",
             f"{ours.max_abs:.1e}",
             "[green]holds" if line.holds else "[red]BROKEN",
@@ -244,6 +259,11 @@ def _size(workload: Any, text: str | None) -> Any:
 
 def _spread(timing: Any) -> str:
     return f"{timing.median_ms:.1f} ({timing.min_ms:.1f}-{timing.max_ms:.1f})"
+
+
+def _likeness(comparison: Any) -> str:
+    value = comparison.ssim if comparison.min_cosine is None else comparison.min_cosine
+    return "" if value is None else f"{value:.6f}"
 
 
 def _number(value: float | None) -> str:

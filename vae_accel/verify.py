@@ -75,8 +75,8 @@ class Proof:
 
 
 def verify(
-    workload: workloads.Workload,
-    size: workloads.Size | None = None,
+    workload: workloads.Workload | workloads.Tower,
+    size: Any = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
@@ -84,7 +84,7 @@ def verify(
     only: str | None = None,
     model: str | None = None,
     kinds: Sequence[str] = KINDS,
-    directions: Sequence[str] = ("decode", "encode"),
+    directions: Sequence[str] | None = None,
     each: bool = True,
     progress: Progress = lambda text: None,
     **settings: Any,
@@ -99,13 +99,11 @@ def verify(
     progress(f"building {workload.name} on {device}")
     vae = workload.build(dtype, device, model=model)
     golden_dtype = torch.float64 if dtype == torch.float32 else workload.golden_dtype(size)
-    inputs = {
-        (direction, kind): workload.inputs(kind, direction, size)  # type: ignore[arg-type]
-        for direction in directions
-        if direction == "decode" or hasattr(vae, "encode")
-        for kind in kinds
-    }
+    able = workload.directions(vae)
+    wanted = [d for d in directions or able if d in able]
+    inputs = {(d, kind): workload.inputs(kind, d, size) for d in wanted for kind in kinds}  # type: ignore[arg-type]
     return prove(
+        workload,
         vae,
         inputs,
         Proof(workload.name, str(size), _name(dtype), _name(golden_dtype), device_name(device), "", weights_of(model)),
@@ -119,8 +117,9 @@ def verify(
 
 
 def prove(
+    workload: workloads.Workload | workloads.Tower,
     vae: nn.Module,
-    inputs: dict[Case, Tensor],
+    inputs: dict[Case, Any],
     proof: Proof,
     *,
     golden_dtype: torch.dtype,
@@ -133,16 +132,22 @@ def prove(
     """Fills `proof` for a stock `vae` on `inputs` {(direction, kind): tensor}. The model is stock again afterwards."""
     parameter = next(vae.parameters())
     device, dtype = parameter.device, parameter.dtype
-    inputs = {case: x.to(device, dtype) for case, x in inputs.items()}
+    optimize = api.optimize_encoder if isinstance(workload, workloads.Tower) else api.optimize_vae
+
+    def rewritten(name: str | None) -> Any:
+        optimize(vae, platform=platform, only=name, **settings)
+        return ledger_of(vae)
+
+    inputs = {case: moved(x, device, dtype) for case, x in inputs.items()}
     progress(f"golden in {_name(golden_dtype)}")
     golden_vae = copy.deepcopy(vae).to(golden_dtype)
     with full_precision():
-        goldens = {case: run(golden_vae, case, x.to(golden_dtype)) for case, x in inputs.items()}
+        goldens = {c: run(workload, golden_vae, c[0], moved(x, device, golden_dtype)) for c, x in inputs.items()}
     del golden_vae
     progress("stock")
-    stock = {case: run(vae, case, x) for case, x in inputs.items()}
+    stock = {case: run(workload, vae, case[0], x) for case, x in inputs.items()}
     against = {case: _compare(stock[case], goldens[case], case) for case in inputs}
-    plan = _optimized(vae, platform, only, settings)
+    plan = rewritten(only)
     proof.platform, proof.rewrites = plan.platform, {o.name: len(o.taken) for o in plan.outcomes if o.taken}
     tiers = {o.name: Tier(o.tier) for o in plan.outcomes if o.taken}
     subjects: list[tuple[str, str | None]] = [(WHOLE_PLAN, only)]
@@ -151,7 +156,7 @@ def prove(
     for subject, name in subjects:
         progress(subject)
         try:
-            _optimized(vae, platform, name, settings)
+            rewritten(name)
         except NoSite as error:
             proof.alone[subject] = str(error)
             continue
@@ -159,7 +164,7 @@ def prove(
             max(tiers.values(), key=list(Tier).index, default=Tier.EXACT) if subject == WHOLE_PLAN else tiers[subject]
         )
         for case, x in inputs.items():
-            out = run(vae, case, x)
+            out = run(workload, vae, case[0], x)
             identical = torch.equal(out, stock[case])
             ours = against[case] if identical else _compare(out, goldens[case], case)
             holds, why = _promise(tier, identical, ours, against[case])
@@ -168,10 +173,17 @@ def prove(
     return proof
 
 
-def run(vae: nn.Module, case: Case, x: Tensor) -> Tensor:
-    """Decodes or encodes without gradients."""
+def run(workload: workloads.Workload | workloads.Tower, model: nn.Module, direction: str, x: Any) -> Tensor:
+    """Decodes, encodes or embeds without gradients."""
     with torch.inference_mode():
-        return workloads.decode(vae, x) if case[0] == "decode" else workloads.encode(vae, x)
+        return workload.run(model, direction, x)  # type: ignore[arg-type]
+
+
+def moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tensor, or a dict of them, on `device`; what is floating-point in `dtype`."""
+    if isinstance(x, dict):
+        return {name: moved(value, device, dtype) for name, value in x.items()}
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
 @contextmanager
@@ -201,13 +213,10 @@ def weights_of(model: str | None) -> str:
     return model or "seeded random weights in the real configuration"
 
 
-def _optimized(vae: nn.Module, platform: str | None, only: str | None, settings: dict[str, Any]) -> Any:
-    api.optimize_vae(vae, platform=platform, only=only, **settings)
-    return ledger_of(vae)
-
-
 def _compare(out: Tensor, golden: Tensor, case: Case) -> Comparison:
     """Frames with peak 2 and SSIM; a latent has no fixed range, so its peak is the golden's own."""
+    if case[0] == "embed":
+        return metrics.compare_embeddings(out, golden)
     if case[0] == "decode":
         return metrics.compare(out, golden, peak=PEAK, ssim=min(out.shape[-2:]) >= metrics.SSIM_WINDOW)
     peak = float(golden.max() - golden.min()) or 1.0

@@ -150,10 +150,3 @@ _TABLE = (
     _video("vidtok", "AutoencoderVidTok", 4, (8, 4), "256x256x17"),
 )
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _TABLE}
-
-
-def get(name: str) -> Workload:
-    """The workload of that name; a `ValueError` names them all."""
-    if name not in WORKLOADS:
-        raise ValueError(f"no workload named {name!r}: choose one of {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import inputs
+from .codec import decode, encode
 from .weights import build_random, vae_class
 
 Direction = Literal["decode", "encode"]
@@ -119,6 +120,14 @@ class Workload:
         if batch != 1:
             raise ValueError(f"{self.name} takes the frames of one clip as its batch: batch is {batch}, not 1")
         return (frames, channels, height, width)
+
+    def directions(self, model: nn.Module) -> tuple[Direction, ...]:
+        """What a model of this workload can do; a decoder alone has no `encode`."""
+        return ("decode", "encode") if hasattr(model, "encode") else ("decode",)
+
+    def run(self, model: nn.Module, direction: Direction, x: Tensor) -> Tensor:
+        """Decodes latents to frames, or encodes frames to latents."""
+        return decode(model, x) if direction == "decode" else encode(model, x)
 
     def golden_dtype(self, size: Size) -> torch.dtype:
         """The precision of the golden at that size: fp64 where it is affordable, else fp32."""
