@@ -66,14 +66,15 @@ def restore(target: T) -> T:
 def paused(target: T) -> Iterator[T]:
     """Stock behaviour inside the block, the rewrites again after it. Not for use while another thread decodes."""
     ledgers = [(module, ledger_of(module)) for _, module, _ in _parts(target)]
-    done = [(module, ledger) for module, ledger in ledgers if ledger is not None]
-    for module, ledger in done:
-        ledger.undo(module)
+    done = [(module, ledger) for module, ledger in ledgers if ledger is not None and ledger.active]
     try:
+        for module, ledger in done:
+            ledger.undo(module)
         yield target
     finally:
         for module, ledger in done:
-            ledger.redo(module)
+            if ledger_of(module) is ledger:  # not restored, nor optimized otherwise, inside the block
+                ledger.redo(module)
 
 
 def report(target: Any) -> Report:
@@ -86,8 +87,12 @@ def report(target: Any) -> Report:
 
 
 def _optimize(parts: list[tuple[str, nn.Module, str]], platform: Any, only: Any, options: dict[str, Any]) -> None:
-    settings = env.read(NAMES, **{**options, "platform": platform if isinstance(platform, str) else None})
-    options = {k: v for k, v in options.items() if k != "platform"} | {"only": only}
+    if isinstance(platform, type) and issubclass(platform, platforms.Platform):
+        platform = platform()
+    if not isinstance(platform, (str, platforms.Platform, type(None))):
+        raise TypeError(f"platform must be a name or a Platform, not {type(platform).__name__}")
+    settings = env.read(NAMES, **options, platform=platform if isinstance(platform, str) else None)
+    options = {**options, "only": only}
     before = [(module, ledger_of(module)) for _, module, _ in parts]
     ledgers = []
     try:

@@ -48,11 +48,15 @@ class Outcome:
 
 @dataclass
 class Ledger:
-    """What was done to a root, in order. `request` identifies the call that did it, so that two calls equal one."""
+    """What was done to a root, in order. `request` identifies the call that did it, so that two calls equal one.
+
+    `active` is False while the root is paused: its edits are undone, and wait to be redone.
+    """
 
     platform: str = ""
     request: str = ""
     note: str = ""
+    active: bool = True
     outcomes: list[Outcome] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
@@ -61,12 +65,26 @@ class Ledger:
         return next((e.by for e in reversed(self.edits) if (e.path, e.slot) == (path, slot)), None)
 
     def undo(self, root: nn.Module) -> None:
+        """Takes every edit back; a module that was removed or exchanged since has nothing to take back.
+
+        Raises:
+            SlotTaken: code outside this package has wrapped an edit. Nothing was changed.
+        """
+        if not self.active:
+            return
+        for edit in {(e.path, e.slot): e for e in self.edits if e.kind == "method"}.values():
+            _locate(root, edit, edit.new)
         for edit in reversed(self.edits):
-            _put(root.get_submodule(edit.path), edit, edit.new, edit.old)
+            _put(root, edit, edit.new, edit.old)
+        self.active = False
 
     def redo(self, root: nn.Module) -> None:
+        """Makes every edit again after `undo`."""
+        if self.active:
+            return
         for edit in self.edits:
-            _put(root.get_submodule(edit.path), edit, edit.old, edit.new)
+            _put(root, edit, edit.old, edit.new)
+        self.active = True
 
 
 def ledger_of(root: nn.Module) -> Ledger | None:
@@ -115,7 +133,7 @@ class Pen:
 
     def rollback(self) -> None:
         for edit in reversed(self._ledger.edits[self._start :]):
-            _put(self._root.get_submodule(edit.path), edit, edit.new, edit.old)
+            _put(self._root, edit, edit.new, edit.old)
         del self._ledger.edits[self._start :]
 
     def _claim(self, path: str, slot: str) -> None:
@@ -186,23 +204,49 @@ def _name(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
 
 
-def _put(module: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
-    """Replaces `present` by `wanted` in a slot, wherever a hook may have moved it since."""
-    if edit.kind == "layout":
-        parameter = getattr(module, edit.slot)
-        if parameter.device.type != "meta":
-            _restride(parameter, wanted)
-        return
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:  # the user dropped it, as pipelines that only decode drop the encoder
+        return None
+
+
+def _locate(root: nn.Module, edit: Edit, present: Any) -> tuple[dict[str, Any], str] | None:
+    """Where `present` sits, wherever a hook may have moved it since; None where the module is gone or was exchanged."""
+    module = _submodule(root, edit.path)
+    if module is None:
+        return None
     for holder, key in _holders(module, edit.slot):
         here = holder.get(key)
         if here is present or (present is None and _is_plain(module, edit.slot, here)):
-            break
-    else:
-        raise SlotTaken(f"{type(module).__name__}.{edit.slot} no longer holds what {edit.by} put there; cannot undo it")
+            return holder, key
+    if edit.slot not in module.__dict__ or any(
+        _is_plain(module, edit.slot, h.get(k)) for h, k in _holders(module, edit.slot)
+    ):
+        return None
+    raise SlotTaken(
+        f"{edit.path or 'the root'!r}: {edit.slot} was replaced by {_name(module.__dict__[edit.slot])} after {edit.by} "
+        "wrote it: undo that patch first"
+    )
+
+
+def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
+    """Replaces `present` by `wanted` in a slot."""
+    if edit.kind == "layout":
+        module = _submodule(root, edit.path)
+        parameter = None if module is None else module._parameters.get(edit.slot)
+        if parameter is not None and parameter.device.type != "meta" and _is_laid_out(parameter, present):
+            _restride(parameter, wanted)
+        return
+    place = _locate(root, edit, present)
+    if place is None:
+        return
+    holder, key = place
+    module = root.get_submodule(edit.path)
     if wanted is not None:
         holder[key] = wanted
     elif holder is module.__dict__ and key == edit.slot:
-        del holder[key]
+        holder.pop(key, None)
     else:  # a hook wrapped the module after us: it keeps calling, now the class's own
         holder[key] = _bound(module, edit.slot)
 
@@ -212,6 +256,14 @@ def _strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
     for dim in reversed(order):
         strides[dim], step = step, step * max(shape[dim], 1)
     return tuple(strides)
+
+
+def _is_laid_out(parameter: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether a parameter still has `strides`; those of sizes of 1 say nothing, and do not survive `.to(dtype)`."""
+    same = [
+        own == given for size, own, given in zip(parameter.shape, parameter.stride(), strides, strict=False) if size > 1
+    ]
+    return parameter.dim() == len(strides) and all(same)
 
 
 def _restride(parameter: Tensor, strides: tuple[int, ...]) -> None:

@@ -39,7 +39,8 @@ def section(component: str, ledger: Ledger | None, note: str = "") -> Section:
     """The section of one component; one that was never optimized says so."""
     if ledger is None:
         return Section(component, "none", (), note or "not optimized")
-    return Section(component, ledger.platform, tuple(ledger.outcomes), note or ledger.note)
+    paused = "" if ledger.active else "paused"
+    return Section(component, ledger.platform, tuple(ledger.outcomes), note or paused or ledger.note)
 
 
 def _lines(section: Section) -> list[str]:

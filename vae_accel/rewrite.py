@@ -67,11 +67,12 @@ class Rewrite(ABC):
 
 
 def runs_stock(*tensors: Tensor | None) -> bool:
-    """Whether this call must run stock arithmetic: a gradient is wanted, or autocast decides the dtypes.
+    """Whether this call must run stock arithmetic: for a gradient, under autocast, or on the meta device.
 
     Autograd through our forms would be right but is not what was proved; under autocast stock promotes norms to fp32.
     """
     given = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return True
-    return torch.is_autocast_enabled(given[0].device.type)
+    device = given[0].device.type
+    return device == "meta" or torch.is_autocast_enabled(device)

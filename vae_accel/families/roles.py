@@ -14,8 +14,8 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
 def role(module: nn.Module) -> Role:
-    """A transformers model is an encoder; anything else is treated as a VAE, or as a part of one."""
-    return "encoder" if type(module).__module__.startswith("transformers.") else "vae"
+    """A transformers model, remote code included, is an encoder; anything else is treated as a VAE or a part of one."""
+    return "encoder" if any(c.__module__.startswith("transformers.") for c in type(module).__mro__) else "vae"
 
 
 def parts(pipeline: Any) -> list[tuple[str, nn.Module, str]]:

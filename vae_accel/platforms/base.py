@@ -69,7 +69,7 @@ def run(
         raise ValueError(f"only={name!r} is no rewrite; there are: {', '.join(NAMES)}")
     settings = env.read(NAMES, **options)
     check(root)
-    request = repr((platform.name, role, sorted(only or ()), settings))
+    request = repr((platform.name, role, steps, sorted(only or ()), settings))
     before = ledger_of(root)
     if before is not None and before.request == request:
         return before
@@ -104,9 +104,10 @@ def require(name: str, ledgers: Sequence[Ledger], where: str) -> None:
 
 def replace(root: nn.Module, ledger: Ledger | None) -> None:
     """Takes back what the ledger of `root` lists and makes the edits of `ledger` instead; None leaves it stock."""
-    present = root.__dict__.pop(LEDGER, None)
+    present = ledger_of(root)
     if present is not None:
         present.undo(root)
+        del root.__dict__[LEDGER]
     if ledger is not None:
         ledger.redo(root)
         root.__dict__[LEDGER] = ledger
