@@ -34,15 +34,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    case = ("decode", args.kind)
     latent = workload.inputs(args.kind, "decode", size).to(device, DTYPES[args.dtype])
     with verify.full_precision():
         golden_vae = workload.build(DTYPES[args.dtype], device, model=args.path).to(torch.float32)
-        golden = verify.run(golden_vae, case, latent.float())
+        golden = verify.run(workload, golden_vae, "decode", latent.float())
     del golden_vae
-    stock = verify.run(vae, case, latent)
+    stock = verify.run(workload, vae, "decode", latent)
     vae_accel.optimize_vae(vae, platform=args.platform)
-    ours = verify.run(vae, case, latent)
+    ours = verify.run(workload, vae, "decode", latent)
     print(vae_accel.report(vae))
     print(f"{'frame':>6} {'stock dB':>10} {'ours dB':>10}")
     failed = 0

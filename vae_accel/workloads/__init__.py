@@ -1,11 +1,12 @@
 """Named workloads: real configurations, seeded weights and inputs, and one way to call every model."""
 
+from .checkpoint import of_checkpoint
 from .codec import decode, encode
 from .table import WORKLOADS
 from .towers import TOWERS, Tower
 from .workload import Size, Workload
 
-__all__ = ["TOWERS", "WORKLOADS", "Size", "Tower", "Workload", "decode", "encode", "get"]
+__all__ = ["TOWERS", "WORKLOADS", "Size", "Tower", "Workload", "decode", "encode", "get", "of_checkpoint"]
 
 
 def get(name: str) -> Workload | Tower:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ def vae_class(name: str) -> Any:
     return found
 
 
-def _random(module: nn.Module, path: str, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _random(module: nn.Module, path: str, name: str, shape: torch.Size, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}.{name}".encode()))
     value = torch.randn(shape, generator=generator)
     if "bias" in name:
         return value.mul_(0.1)
@@ -42,16 +45,27 @@ def _random(module: nn.Module, path: str, name: str, shape: torch.Size, generato
 
 @torch.no_grad()
 def randomise(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> nn.Module:
-    """Give every parameter of `model` a seeded random value, in place, and move it to `dtype` and `device`.
+    """Give every parameter of `model` a random value, in place, and move it to `dtype` and `device`, in eval mode.
 
-    Convolutions and linears get randn / sqrt(fan in), norm scales 1 + 0.1 randn, biases and the rest 0.1 randn.
-    Values are drawn in fp32 on the CPU, so that one seed gives one model on every device; parameters may start on meta.
+    Convolutions and linears get randn / sqrt(fan in), norm scales 1 + 0.1 randn, biases and the rest 0.1 randn. Values
+    are drawn in fp32 on the CPU from the seed and the parameter's name: one seed gives one model on every device.
+    Parameters may start on meta; buffers keep their values.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _random(module, path, name, parameter.shape, generator).to(device, dtype)
-            setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+    def draw(slot: tuple[str, nn.Module, str, nn.Parameter]) -> Tensor:
+        path, module, name, parameter = slot
+        return _random(module, path, name, parameter.shape, seed).to(dtype)
+
+    slots = [
+        (path, module, name, parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    # randn draws 0.2 G values a second on one core and releases the GIL.
+    with ThreadPoolExecutor() as pool:
+        for (_, module, name, parameter), value in zip(slots, pool.map(draw, slots), strict=True):
+            setattr(module, name, nn.Parameter(value.to(device), requires_grad=parameter.requires_grad))
+    for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else None)
     return model.eval()
