@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, create_model
@@ -67,19 +68,17 @@ def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
     names = tuple(rewrites)
     variables = _table(names)
     fields = variables.model_fields
-    known = {PREFIX + field.upper() for field in fields}
-    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n.upper() not in known)
-    unknown += sorted(set(overrides) - set(fields))
-    if unknown:
-        raise SettingsError(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")
-    given = {k: (_switch(v) if k in names else v) for k, v in overrides.items() if v is not None}
+    _refuse_unknown(overrides, fields)
+    _refuse_unknown((n for n in os.environ if n.startswith(PREFIX)), [PREFIX + field.upper() for field in fields])
+    given = {k: (_switch(v) if k in names else _plain(v)) for k, v in overrides.items() if v is not None}
     try:
         values = variables(**given).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]).lower().removeprefix(PREFIX.lower())
+        name = field if field in given else PREFIX + field.upper()
         choices = _choices(fields[field].annotation)
-        raise SettingsError(f"{PREFIX}{field.upper()}={first['input']!r}: choose one of {choices}") from error
+        raise SettingsError(f"{name}={first['input']!r}: choose one of {choices}") from error
     return Settings(switches={n: values.pop(n) for n in names}, **values)
 
 
@@ -98,6 +97,16 @@ def table(rewrites: Iterable[str]) -> list[Variable]:
 def _table(rewrites: tuple[str, ...]) -> type[_Variables]:
     switches = {n: (Switch, Field("auto", description=f"the rewrite {n}: 1 must apply, 0 off")) for n in rewrites}
     return create_model("Variables", __base__=_Variables, **switches)  # type: ignore[call-overload]
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _switch(value: Any) -> Any:
