@@ -49,13 +49,15 @@ class Rewrite(ABC):
     """A change to a model in place. Subclasses are frozen dataclasses: their fields are what a platform may choose.
 
     `over` names rewrites whose method slot this one may claim on top of: it handles a case and hands the rest to them.
-    `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own.
+    `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own. A rewrite
+    that `repairs` is there because stock is wrong on the platform, and is on without a measured speed.
     """
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     over: ClassVar[tuple[str, ...]] = ()
     lowers: ClassVar[bool] = False  # takes compute_dtype
+    repairs: ClassVar[bool] = False
 
     @abstractmethod
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
