@@ -59,11 +59,15 @@ def compile_pattern(
     expanded = [length[a] if a in new else -1 for a in wanted]
     merged = [prod(length[a] for a in dim) for dim in right] if any(len(dim) != 1 for dim in right) else None
 
+    wide = [dim for dim in right if len(dim) != 1]
+    if len(wide) == 1 and wide[0] and split is None and permuted is None and not (reduced or added):
+        return _flatten(old.index(wide[0][0]), old.index(wide[0][-1]))
+
     def native(x: Tensor) -> Tensor:
         if split is not None:
             x = x.reshape(split)
         if permuted is not None:
-            x = x.permute(permuted)
+            x = x.permute(*permuted)
         if reduced:
             x = _reduce(x, operation, reduced)
         if added:
@@ -73,6 +77,10 @@ def compile_pattern(
         return x if merged is None else x.reshape(merged)
 
     return native
+
+
+def _flatten(first: int, last: int) -> Native:
+    return lambda x: x.flatten(first, last)
 
 
 def _lengths(pattern: str, left: Side, new: list[str], shape: Sequence[int], given: dict[str, int]) -> dict[str, int]:

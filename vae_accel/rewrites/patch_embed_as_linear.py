@@ -110,7 +110,7 @@ def _reads_every_pixel_once(conv: Conv) -> bool:
 
 
 def _memory_order(weight: Tensor) -> tuple[int, ...]:
-    """The dimensions of a weight [O, I, *kernel] after the first, outermost in memory first: to flatten without a copy."""
+    """Dimensions of a weight [O, I, *kernel] but the first, outermost in memory first: flattened so, it is a view."""
     return tuple(sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d)))
 
 
