@@ -1,0 +1,190 @@
+"""GroupNorm or RMS norm, and the SiLU after it, as one op with fp32 statistics in the activation's own layout.
+
+aten's GroupNorm statistics alone are 46 of the 86 ms of a FLUX.1 decode on an H200 and 1117 of the 3208 ms of
+HunyuanVideo's (`RowwiseMoments` runs one block a group), and GroupNorm copies a channels-last input to NCHW. Wan's RMS
+norm and SiLU write 18 bytes an element in 7 passes; here it is one pass of 2.
+
+The norm's `forward` does both, and the activation's becomes the identity, where `families.norms` proves that every use
+of that activation follows a norm taken here: a block is taken whole or not at all. Where a call must run stock (a
+gradient, autocast, mixed dtypes) the norm still does both, by the stock ops. Any other norm is taken alone.
+
+Per-frame norms (Mochi, Cosmos): the wrapper hands the whole clip to its GroupNorm, which normalises frame by frame, so
+that the weights are read inside their own module's call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
+from vae_accel.families import norms
+from vae_accel.kernels.group_norm_act import group_norm_act
+from vae_accel.kernels.rms_norm_act import rms_norm_act
+from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+
+L2_EPS = 1e-12  # of F.normalize
+
+
+@dataclass(frozen=True)
+class FusedNormAct(Rewrite):
+    """Sites are norms; `facts`: how each computes, whether SiLU follows, which activation falls silent with it."""
+
+    name = "fused_norm_act"
+    tier = Tier.ROUNDING
+
+    def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
+        uses = Counter(id(child) for module in root.modules() for child in module._modules.values())
+        done: set[str] = set()
+        for pair in norms.pairs(root):
+            why = next(filter(None, (_unclaimable(root, ledger, p) for p in (*pair.norms, pair.act))), None)
+            if any(uses[id(root.get_submodule(p))] > 1 for p in (*pair.norms, pair.act)):
+                why = "its norm or its activation is shared with another block"
+            for norm in pair.norms:
+                last = norm == pair.norms[-1]
+                yield _site(root, norm, why, act=True, silences=pair.act if last else None)
+                done.add(norm)
+        done |= {path for norm in done for path in _slots(root, norm)}
+        channels = norms.channels_last_rms(root)
+        for path, module in root.named_modules():
+            kind = norms.kind_of(module)
+            if path in done or (kind == "last" and path not in channels):
+                continue
+            if kind is not None or norms.inner_of(module) is not None:
+                yield _site(root, path, _unclaimable(root, ledger, path), act=False, silences=None)
+                done |= set(_slots(root, path))
+            elif norms.refusal(module) is not None:
+                yield Site(path, norms.refusal(module))
+
+    def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
+        kind, act, silences = (site.facts[k] for k in ("kind", "act", "silences"))
+        *wrapper, norm = _slots(root, site.path)
+        for path in wrapper:
+            pen.method(path, "forward", by_frame, norm.removeprefix(f"{path}."))
+        pen.method(norm, "forward", FORWARDS[kind], act)
+        if silences is not None:
+            pen.method(silences, "forward", silent)
+
+
+def group_norm(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor) -> Tensor:
+    """nn.GroupNorm over [N, C, *spatial]."""
+    if _runs_stock(input, module.weight, module.bias) or input.shape[1] != module.num_channels:
+        return _silu(below(input), act)
+    return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act)
+
+
+def group_norm_of_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor) -> Tensor:
+    """The GroupNorm inside `by_frame`, which sends it clips [N, C, T, H, W]; a batch of frames [N, C, H, W] as ever."""
+    if input.dim() != 5:
+        return group_norm(module, below, act, input)
+    if _runs_stock(input, module.weight, module.bias) or input.shape[1] != module.num_channels:
+        frames = below(input.transpose(1, 2).flatten(0, 1))
+        return _silu(frames.unflatten(0, (input.shape[0], -1)).transpose(1, 2), act)
+    return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True)
+
+
+def own_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
+    """MiniMax-H3's subclass of nn.GroupNorm, which cuts [N, C, T, H, W] into frames itself."""
+    x = hidden_states
+    if _runs_stock(x, module.weight, module.bias) or x.dim() != 5 or x.shape[1] != module.num_channels:
+        return _silu(below(x), act)
+    return group_norm_act(x, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True)
+
+
+def by_frame(module: nn.Module, below: Callable[..., Tensor], norm: str, x: Tensor) -> Tensor:
+    """Mochi's and Cosmos' wrapper around a GroupNorm that knows to take each frame of a clip apart."""
+    return getattr(module, norm)(x) if x.dim() == 5 else below(x)
+
+
+def rms_norm(module: Any, below: Callable[..., Tensor], act: bool, x: Tensor) -> Tensor:
+    """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False."""
+    bias = getattr(module, "bias", None)
+    bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
+    dim = 1 if getattr(module, "channel_first", True) else -1
+    if _runs_stock(x, module.gamma, bias) or x.shape[dim] != module.gamma.numel():
+        return _silu(below(x), act)
+    return rms_norm_act(x.movedim(dim, 1), module.gamma, bias, L2_EPS, act=act, mode="l2").movedim(1, dim)
+
+
+def rms_norm_in_fp32(module: Any, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
+    """The same where stock squares in fp32 whatever it is given: fp64 is left to it."""
+    if hidden_states.dtype == torch.float64:
+        return _silu(below(hidden_states), act)
+    return rms_norm(module, below, act, hidden_states)
+
+
+def per_channel_rms_norm(
+    module: Any, below: Callable[..., Tensor], act: bool, x: Tensor, channel_dim: int | None = None
+) -> Tensor:
+    """LTX-2's, without weights. Stock squares in the input's dtype: above 255 it overflows in fp16, this does not."""
+    if _runs_stock(x) or module.channel_dim != 1:
+        return _silu(below(x, channel_dim), act)
+    return rms_norm_act(x, None, None, module.eps, act=act, mode="mean")
+
+
+def last_dim_rms_norm(module: Any, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
+    """diffusers' RMSNorm on channels moved to the end, [N, *spatial, C]: moved back, they lie as they did before."""
+    x = hidden_states
+    if x.dtype == torch.float64 or _runs_stock(x, module.weight, module.bias) or (x.shape[-1],) != _size(module, x):
+        return _silu(below(x), act)
+    return rms_norm_act(x.movedim(-1, 1), module.weight, module.bias, module.eps, act=act, mode="mean").movedim(1, -1)
+
+
+def silent(module: nn.Module, below: Callable[..., Tensor], input: Tensor) -> Tensor:
+    """An activation whose every input comes from a norm that has applied it already."""
+    return input
+
+
+FORWARDS: dict[str, Callable[..., Tensor]] = {
+    "group": group_norm,
+    "by_frame": group_norm_of_frames,
+    "frames": own_frames,
+    "l2": rms_norm,
+    "l2_fp32": rms_norm_in_fp32,
+    "mean": per_channel_rms_norm,
+    "last": last_dim_rms_norm,
+}
+
+
+def _site(root: nn.Module, path: str, why: str | None, act: bool, silences: str | None) -> Site:
+    module = root.get_submodule(path)
+    kind = "by_frame" if norms.inner_of(module) is not None else norms.kind_of(module)
+    return Site(path, why, {"kind": kind, "act": act, "silences": silences})
+
+
+def _slots(root: nn.Module, path: str) -> tuple[str, ...]:
+    """The modules whose `forward` a norm's site takes: itself, and beneath a wrapper the norm it wraps."""
+    inner = norms.inner_of(root.get_submodule(path))
+    return (path,) if inner is None else (path, f"{path}.{inner}" if path else inner)
+
+
+def _unclaimable(root: nn.Module, ledger: Ledger, path: str) -> str | None:
+    for slot in _slots(root, path):
+        module = root.get_submodule(slot)
+        for name in ("weight", "bias", "gamma"):
+            if isinstance(getattr(module, name, None), Tensor) and unusable_weight(module, name) is not None:
+                return unusable_weight(module, name)
+        reason = obstacle(root, ledger, slot, "forward")
+        if reason is not None:
+            return reason
+    return None
+
+
+def _runs_stock(x: Tensor, *parameters: Tensor | None) -> bool:
+    if x.dim() < 3 or x.numel() == 0 or any(p is not None and p.dtype != x.dtype for p in parameters):
+        return True
+    return runs_stock(x, *parameters)
+
+
+def _silu(x: Tensor, act: bool) -> Tensor:
+    return F.silu(x) if act else x
+
+
+def _size(module: Any, x: Tensor) -> tuple[int, ...]:
+    return (x.shape[-1],) if module.weight is None else tuple(module.weight.shape)
