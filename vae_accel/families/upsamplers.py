@@ -103,7 +103,7 @@ def image_forward(
 
 
 def sequence_forward(
-    sequence: nn.Sequential, below: Callable[..., Tensor], pairs: tuple[int, ...], x: Tensor
+    sequence: nn.Sequential, below: Callable[..., Tensor], pairs: tuple[int, ...], single: bool, x: Tensor
 ) -> Tensor:
     """nn.Sequential where at each of `pairs` an nn.Upsample is followed by its convolution."""
     if x.dim() != 4 or not all(isinstance(sequence[i + 1], nn.Conv2d) for i in pairs):

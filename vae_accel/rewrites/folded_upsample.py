@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
 from vae_accel.families.upsamplers import Upsampler, is_marked, upsampler_of
+from vae_accel.kernels.causal_pad import causal_pad
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 
 Form = Literal["phases", "transposed"]
@@ -136,19 +137,25 @@ def conv_forward(
         x, bias = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
     clip, last = axes == 5, _is_channels_last(input.squeeze(-1) if crop is None else input)
     formats = (torch.channels_last, torch.channels_last_3d) if last else (torch.contiguous_format,) * 2
-    if not clip:  # a batch of pictures is a clip of which every frame is convolved by itself
-        x, weight = x.transpose(0, 1).unsqueeze(0), weight.unsqueeze(2)
-    n, _, t, h, w = x.shape
+    n, (t, h, w) = x.shape[0], (x.shape[2:] if clip else (x.shape[0], *x.shape[2:]))
+    if clip:
+        before = 2 if time == "hold" and weight.shape[2] == 3 else 0
+        if border != "zeros" or before:
+            x = causal_pad(x, (1, 1, 1, 1, before, 0), time="replicate", space=border)
+    else:  # a batch of pictures is a clip of which every frame is convolved by itself
+        x = x if border == "zeros" else F.pad(x, (1, 1, 1, 1), mode=border)
+        x, weight, n = x.transpose(0, 1).unsqueeze(0), weight.unsqueeze(2), 1
+    inside = 1 if border == "zeros" else 0
     o, kt = weight.shape[0], weight.shape[2]
     if kt == 1 and form == "transposed":  # the result as it comes
-        y = _convolve(x, _fold(weight, "hold", form, last, x.dtype), bias, 1, form, border).to(dtype)
+        y = _convolve(x, _fold(weight, "hold", form, last, x.dtype), bias, 1, form, inside).to(dtype)
         y = y.unflatten(0, (n, t)).transpose(1, 2) if clip else y
         return y.contiguous(memory_format=formats[clip])
     frames = 2 * t - 1 if time == "double" and kt > 1 else t
     shape = (n, o, frames, 2 * h, 2 * w) if clip else (t, o, 2 * h, 2 * w)
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=formats[clip])
     clips = out if clip else out.transpose(0, 1).unsqueeze(0)
-    _fill(clips, x, weight, bias, form, time, border, last, budget)
+    _fill(clips, x, weight, bias, form, time, inside, last, budget)
     return out
 
 
@@ -159,30 +166,30 @@ def _fill(
     bias: Tensor | None,
     form: Form,
     time: str,
-    border: str,
+    inside: int,
     last: bool,
     budget: int,
 ) -> None:
-    """Writes the upsampled and convolved clip [N, C', T', 2H, 2W] of `x` [N, C, T, H, W]."""
-    t = x.shape[2]
+    """Writes the upsampled and convolved clip [N, C', T', 2H, 2W] of the padded `x` [N, C, T, H, W]."""
+    t, together = x.shape[2], 1
     if weight.shape[2] == 1:
-        taps, together = [x], 1
-        kernel = _fold(weight, "hold", form, last, x.dtype)
-    elif time == "hold":  # frames before the first one are the first one
-        x = torch.cat([x[:, :, :1], x[:, :, :1], x], 2)
-        taps, together = [x[:, :, i : i + t] for i in range(3)], 1
-        kernel = _fold(weight, "hold", form, last, x.dtype)
+        taps = [x]
+    elif time == "hold":
+        t = t - 2
+        taps = [x[:, :, i : i + t] for i in range(3)]
     else:
         first = _fold(weight, "first", form, last, x.dtype)
-        _place(out[:, :, :1], _convolve(x[:, :, :1], first, bias, 1, form, border), 1, form)
-        out, t = out[:, :, 1:], t - 1
-        taps, together = [x[:, :, :-1], x[:, :, 1:]], 2
-        kernel = _fold(weight, "double", form, last, x.dtype)
+        _place(out[:, :, :1], _convolve(x[:, :, :1], first, bias, 1, form, inside), 1, form)
+        out, t, together = out[:, :, 1:], t - 1, 2
+        taps = [x[:, :, :-1], x[:, :, 1:]]
+    if t == 0:
+        return
+    kernel = _fold(weight, time, form, last, x.dtype)
     frame = 2 * math.prod(out.shape[:2]) * math.prod(out.shape[3:]) * together * x.element_size()
     walk = max(1, min(t, budget // max(frame, 1)))
     for k in range(0, t, walk):
         piece = [tap[:, :, k : k + walk] for tap in taps]
-        y = _convolve(piece[0] if len(piece) == 1 else torch.cat(piece, 1), kernel, bias, together, form, border)
+        y = _convolve(piece[0] if len(piece) == 1 else torch.cat(piece, 1), kernel, bias, together, form, inside)
         _place(out[:, :, k * together : (k + walk) * together], y, together, form)
 
 
@@ -191,8 +198,8 @@ def _fold(weight: Tensor, time: str, form: Form, last: bool, dtype: torch.dtype)
 
     `phases`: [(4 phases, P, O), (taps, I), 2, 2]; `transposed`: [(taps, I), (P, O), 4, 4]. P is 2 where time doubles.
     """
-    o, i, kt = weight.shape[:3]
-    if kt > 1 and time != "hold":
+    o, i = weight.shape[:2]
+    if time != "hold":
         window, around = (2, 1) if time == "double" else (3, 0)
         weight = weight if weight.dtype == torch.float64 else weight.float()
         weight = F.avg_pool2d(weight.flatten(3), (window, 1), 1, (around, 0), divisor_override=1).unflatten(3, (3, 3))
@@ -216,12 +223,12 @@ def _dense(taps: Tensor, rows: int, last: bool) -> Tensor:
     return taps.flatten(rows + 2).flatten(0, rows - 1).permute(0, 3, 1, 2)
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, together: int, form: Form, border: str) -> Tensor:
-    """Every frame of [N, I, T, H, W]: [N * T, 4 * P * O, H + 1, W + 1] phases, or [N * T, P * O, 2H, 2W]."""
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, together: int, form: Form, inside: int) -> Tensor:
+    """Every frame of [N, I, T, H, W]: [N * T, 4 * P * O, H + 1, W + 1] phases, or [N * T, P * O, 2H, 2W].
+
+    `inside`: pixels of zeros the convolution adds around the frame; otherwise it comes with one of padding.
+    """
     frames = x.transpose(1, 2).flatten(0, 1)
-    inside = 1
-    if border != "zeros":
-        frames, inside = F.pad(frames, (1, 1, 1, 1), mode=border), 0
     repeats = together * (4 if form == "phases" else 1)
     bias = bias if bias is None or repeats == 1 else bias.repeat(repeats)
     if form == "phases":
