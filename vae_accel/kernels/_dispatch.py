@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class LazyKernel:
-    """A Triton kernel still to be bound: `kernel[grid](...)` imports Triton, names it `tl` and compiles at first use."""
+    """A Triton kernel not yet bound: the first `kernel[grid](...)` imports Triton as `tl` and compiles."""
 
-    bound: list[LazyKernel] = []
+    bound: ClassVar[list[LazyKernel]] = []
 
     def __init__(self, fn: Callable[..., None]) -> None:
         self.fn = fn
         self._form: Any = None
-        functools.update_wrapper(self, fn)
+        self.__name__ = fn.__name__
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return (self._form or self.bind())[grid]
@@ -96,10 +96,13 @@ def is_channels_last(x: Tensor) -> bool:
 
 def empty_in_layout_of(x: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
     """Uninitialised `shape` (default: that of `x`) in x's dtype and device, in the dense layout nearest to x's."""
-    batch, channels, *spatial = x.shape if shape is None else shape
-    if is_channels_last(x):
-        return torch.empty((batch, *spatial, channels), dtype=x.dtype, device=x.device).movedim(-1, 1)
-    return torch.empty((batch, channels, *spatial), dtype=x.dtype, device=x.device)
+    shape = x.shape if shape is None else shape
+    if not is_channels_last(x):
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    if len(shape) == 3:  # which has no memory format
+        return torch.empty((shape[0], shape[2], shape[1]), dtype=x.dtype, device=x.device).movedim(-1, 1)
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
@@ -108,10 +111,11 @@ def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == out.stride() else out.copy_(result)
 
 
-def flat_stride(x: Tensor, start: int) -> int | None:
-    """The stride of dimensions `start:` walked as one axis, or None where they are no single axis."""
+@functools.lru_cache(maxsize=4096)
+def flat_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
+    """The stride of these dimensions walked as one axis, or None where they are no single axis."""
     stride = extent = None
-    for size, step in zip(reversed(x.shape[start:]), reversed(x.stride()[start:])):
+    for size, step in zip(reversed(shape), reversed(strides), strict=True):
         if size == 1:
             continue
         if stride is None:
@@ -124,7 +128,7 @@ def flat_stride(x: Tensor, start: int) -> int | None:
 
 def flattenable(x: Tensor, start: int = 2) -> Tensor:
     """`x`, or a copy in its nearest dense layout where dimensions `start:` cannot be walked with one stride."""
-    return x if flat_stride(x, start) is not None else empty_in_layout_of(x).copy_(x)
+    return x if flat_stride(x.shape[start:], x.stride()[start:]) is not None else empty_in_layout_of(x).copy_(x)
 
 
 def next_power_of_2(n: int) -> int:

@@ -26,7 +26,7 @@ from ._dispatch import (
 tl: Any = None  # triton.language, bound at the first launch
 
 PADDINGS = ("border", "zeros")
-ROWS, COLS = 8, 256  # patches and channels of a program
+ROWS, COLS = 16, 256  # patches and channels of a program
 WARPS = 4
 
 
@@ -167,7 +167,7 @@ def _empty(table: Tensor, flat_grid: Sequence[int], dtype: torch.dtype) -> Tenso
 
 
 def _unflatten(flat_grid: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    return tuple(zip(*[iter(flat_grid)] * 3))
+    return tuple(zip(flat_grid[::3], flat_grid[1::3], flat_grid[2::3], strict=True))
 
 
 def _run(

@@ -8,7 +8,7 @@ HunyuanVideo decode on an H200).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from ._dispatch import (
 tl: Any = None  # triton.language, bound at the first launch
 
 MODES = ("zeros", "replicate", "reflect")  # a kernel takes the index
-TILE = 4096  # elements a program moves
+TILE = 2048  # elements a program moves
+MAX_COLS = 128  # channels among them, at most
 WARPS = 4
 
 
@@ -76,7 +77,7 @@ def _causal_pad(
 
     t, h, w, c = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64), col.to(tl.int64)
     source = x + n * stride_n + (t - K) * stride_t + (h * stride_h + w * stride_w) + c * stride_c
-    if history is not None:
+    if history is not None:  # noqa: SIM102 - settled when compiling, the inner one when running
         if t < K:
             source = history + n * history_n + t * history_t + (h * history_h + w * history_w) + c * history_c
     target = out + n * out_n + frame.to(tl.int64) * out_t + row.to(tl.int64) * out_s + c * out_c
@@ -97,7 +98,7 @@ def _launch(x: Tensor, pad: Sequence[int], time: str, space: str, history: Tenso
     n, C, T, H, W = x.shape
     _, _, out_T, out_H, out_W = out.shape
     K = 0 if history is None else history.shape[2]
-    COLS = min(next_power_of_2(C), 128) if is_channels_last(x) else 1
+    COLS = min(next_power_of_2(C), MAX_COLS) if is_channels_last(x) else 1
     ROWS = TILE // COLS
     with torch.cuda.device_of(x):
         _causal_pad[-(-out_H * out_W // ROWS), -(-C // COLS), n * out_T](
@@ -108,7 +109,7 @@ def _launch(x: Tensor, pad: Sequence[int], time: str, space: str, history: Tenso
     return out
 
 
-def _run(x: Tensor, pad: Sequence[int], time: str, space: str, history: Optional[Tensor]) -> Tensor:
+def _run(x: Tensor, pad: Sequence[int], time: str, space: str, history: Tensor | None) -> Tensor:
     if triton_available(x):
         return _launch(x, pad, time, space, history)
     result = reference(x, pad, time=time, space=space, history=history)

@@ -7,7 +7,7 @@ LTX's also moves the channels to the end and back.
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,15 +91,15 @@ def _launch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a
     ROWS = max(TILE // COLS, 1 if is_channels_last(x) else PIXELS_PER_LINE)
     with torch.cuda.device_of(x):
         _rms_norm[-(-S // ROWS), batch](
-            x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x, 2),
-            out.stride(0), out.stride(1), flat_stride(out, 2),
+            x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x.shape[2:], x.stride()[2:]),
+            out.stride(0), out.stride(1), flat_stride(out.shape[2:], out.stride()[2:]),
             L2=mode == "l2", ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
         )  # fmt: skip
     return out
 
 
 def _run(
-    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, act: bool, mode: str
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str
 ) -> Tensor:  # fmt: skip
     if triton_available(x):
         return _launch(x, weight, bias, eps, act, mode)
@@ -119,7 +119,7 @@ def rms_norm_act(
     act: bool,
     mode: str = "l2",
 ) -> Tensor:
-    """RMS norm over dimension 1, then SiLU if `act`. `x` and the result are `[N, C, *spatial]`, of x's dtype and layout.
+    """RMS norm over dimension 1, then SiLU if `act`: `[N, C, *spatial]` in and out, same dtype and layout.
 
     `mode="l2"` is Wan's: `x / max(|x|_2, eps) * sqrt(C) * weight + bias` (stock eps is 1e-12). `mode="mean"` is
     LTX's: `x / sqrt(mean(x²) + eps) * weight + bias`. `weight` and `bias` have C elements in any shape and floating
