@@ -13,16 +13,17 @@ def device(request, monkeypatch):
     The knob is turned for the test alone, and not by TRITON_INTERPRET, so that the same process can compile.
     """
     triton = pytest.importorskip("triton")
-    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     interpreted = request.param == "interpreter"
     if not interpreted and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
-    if interpreted and isinstance(triton.language.sum, JITFunction):
-        # The one function of Triton's own, written in Triton, that the kernels call.
-        monkeypatch.setattr(triton.language, "sum", InterpretedFunction(triton.language.sum.fn))
+    tl = triton.language
+    if interpreted and isinstance(tl.sum, JITFunction):
+        # The one function written in Triton itself that the kernels call: jitted when Triton was imported.
+        combine = tl.standard._sum_combine
+        monkeypatch.setattr(tl, "sum", lambda x, axis, keep_dims=False: tl.reduce(x, axis, combine, keep_dims))
     LazyKernel.unbind_all()
     yield "cpu" if interpreted else "cuda"
     LazyKernel.unbind_all()
