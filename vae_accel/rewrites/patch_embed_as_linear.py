@@ -43,6 +43,8 @@ class PatchEmbedAsLinear(Rewrite):
                 yield Site(path, self._refusal(root, ledger, path, module))
 
     def _refusal(self, root: nn.Module, ledger: Ledger, path: str, conv: Conv) -> str | None:
+        if (unusable := unusable_weight(conv)) is not None:
+            return unusable
         if type(conv) not in (nn.Conv2d, nn.Conv3d):
             return f"{type(conv).__name__} may pad or cache in its own forward"
         if conv.groups != 1:
@@ -51,9 +53,9 @@ class PatchEmbedAsLinear(Rewrite):
             return f"dilation {tuple(conv.dilation)}"
         if conv.padding_mode != "zeros":
             return f"padding_mode {conv.padding_mode!r}"
-        unusable = unusable_weight(conv) or obstacle(root, ledger, path, "_conv_forward")
-        if unusable is not None or type(conv) is nn.Conv3d or self.conv2d is True:
-            return unusable
+        taken = obstacle(root, ledger, path, "_conv_forward")
+        if taken is not None or type(conv) is nn.Conv3d or self.conv2d is True:
+            return taken
         if self.conv2d is False:
             return "Conv2d is faster as it is on this platform"
         if (self.compute_dtype or conv.weight.dtype).itemsize > 2:
@@ -111,7 +113,7 @@ def _reads_every_pixel_once(conv: Conv) -> bool:
 
 def _memory_order(weight: Tensor) -> tuple[int, ...]:
     """Dimensions of a weight [O, I, *kernel] but the first, outermost in memory first: flattened so, it is a view."""
-    return tuple(sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d)))
+    return tuple(sorted(range(1, weight.dim()), key=lambda d: -weight.stride()[d]))
 
 
 def _patches(x: Tensor, kernel: torch.Size, counts: list[int], order: tuple[int, ...]) -> Tensor:
