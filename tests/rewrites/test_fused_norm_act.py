@@ -59,7 +59,7 @@ def test_no_further_from_the_truth_in_bf16(name: str) -> None:
 # Which of the activations that are modules fall silent.
 SILENT = {"flux.1": "all", "wan2.1": "all", "hunyuan-video": "all", "hunyuan-video-1.5": "all", "ltx-0.9.0": "all",
           "ltx-2.3": "all", "easyanimate": "all", "allegro": "all", "svd": "all", "qwen-image-2.1": "all", "vq": "all",
-          "mochi": "all but the decoder's last", "consistency": "all but the UNet's"}  # fmt: skip
+          "cogvideox": "all", "mochi": "all but the decoder's last", "consistency": "all but the UNet's"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -181,6 +181,40 @@ def test_each_norm_alone_in_both_layouts(kind: str, frames: int) -> None:
         given = x.contiguous(memory_format=layout)
         torch.testing.assert_close(norm(given), expected, rtol=0, atol=1e-10)
         assert norm(given).is_contiguous(memory_format=layout)
+
+
+def _spatial(dtype: torch.dtype = torch.float64) -> nn.Module:
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
+
+    norm = CogVideoXSpatialNorm3D(32, 4).to(dtype).requires_grad_(False)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (8, 2), (9, 3), (6, 2)])
+def test_cogvideox_convolves_the_latent_at_its_own_size(frames: int, latents: int) -> None:
+    norm, f = _spatial(), torch.randn(2, 32, frames, 6, 8, dtype=torch.float64)
+    zq = torch.randn(2, 4, latents, 3, 4, dtype=torch.float64)
+    expected = norm(f, zq)[0]
+    optimized(norm)
+    seen: list[Tensor] = []
+    norm.conv_y.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ours, cache = norm(f, zq)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    assert set(cache) == {"conv_y", "conv_b"}
+    assert (seen[0].shape == zq.shape) == (frames != 6)  # thirds are left to stock
+
+
+def test_cogvideox_gradients_and_autocast_run_stock() -> None:
+    norm, f = _spatial(torch.float32), torch.randn(1, 32, 3, 6, 8, requires_grad=True)
+    zq = torch.randn(1, 4, 3, 3, 4)
+    expected = torch.autograd.grad(norm(f, zq)[0].square().sum(), f)[0]
+    optimized(norm)
+    assert torch.equal(torch.autograd.grad(norm(f, zq)[0].square().sum(), f)[0], expected)
+    norm.norm_layer.weight.requires_grad_(True)
+    norm(f.detach(), zq)[0].square().sum().backward()
+    assert norm.norm_layer.weight.grad.isfinite().all()
 
 
 def test_ltx2_does_not_overflow_in_fp16() -> None:

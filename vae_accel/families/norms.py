@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from vae_accel.families import causal
 from vae_accel.families.match import estranged, known_as
 
 # How a norm computes: by class name of the module, the nn.GroupNorm of torch by exact type.
@@ -35,8 +36,13 @@ NORMS: dict[str, str] = {
     "RMSNorm": "last",
 }
 
-# Modules that cut a clip into frames around a GroupNorm: class name -> the attribute that holds it.
-BY_FRAME: dict[str, str] = {"MochiChunkedGroupNorm3D": "norm_layer", "CosmosCausalGroupNorm": "norm"}
+# Modules around a GroupNorm: class name -> what they do with it, and the attribute that holds it.
+#   by_frame: cut a clip into frames.  modulated: scale and shift by 1x1x1 convolutions of the enlarged latent.
+WRAPPERS: dict[str, tuple[str, str]] = {
+    "MochiChunkedGroupNorm3D": ("by_frame", "norm_layer"),
+    "CosmosCausalGroupNorm": ("by_frame", "norm"),
+    "CogVideoXSpatialNorm3D": ("modulated", "norm_layer"),
+}
 
 # Where diffusers' RMSNorm normalises channels that were moved to the end (elsewhere it serves attention heads).
 CHANNELS_LAST_RMS: dict[str, tuple[str, ...]] = {
@@ -163,15 +169,18 @@ def refusal(module: nn.Module) -> str | None:
     return None if kind_of(module) is not None else estranged(module, NORMS)
 
 
-def inner_of(module: nn.Module | None) -> str | None:
-    """The attribute that holds the GroupNorm which a module applies to each frame by itself; None if it does not."""
-    if module is None:
+def wrapper_of(module: nn.Module | None) -> tuple[str, str] | None:
+    """What a module around a GroupNorm does and the attribute that holds it (a value of WRAPPERS); None: no wrapper."""
+    name = None if module is None else known_as(module, WRAPPERS)
+    if module is None or name is None:
         return None
-    name = known_as(module, BY_FRAME)
-    if name is None or kind_of(_get(module, BY_FRAME[name])) != "group":
+    how, attribute = WRAPPERS[name]
+    if kind_of(_get(module, attribute)) != "group":
         return None
+    if how == "modulated":
+        return (how, attribute) if _is_pointwise(module, "conv_y") and _is_pointwise(module, "conv_b") else None
     # Cosmos normalises frames apart only with a single group.
-    return BY_FRAME[name] if getattr(module, "num_groups", 1) == 1 else None
+    return (how, attribute) if getattr(module, "num_groups", 1) == 1 else None
 
 
 def channels_last_rms(root: nn.Module) -> set[str]:
@@ -185,7 +194,17 @@ def channels_last_rms(root: nn.Module) -> set[str]:
 
 
 def _follows(norm: nn.Module | None) -> bool:
-    return kind_of(norm) is not None or inner_of(norm) is not None
+    return kind_of(norm) is not None or wrapper_of(norm) is not None
+
+
+def _is_pointwise(module: nn.Module, attribute: str) -> bool:
+    """Whether a causal convolution sees one position at a time, and so commutes with nearest upsampling."""
+    wrapper = _get(module, attribute)
+    row = None if wrapper is None else causal.causal_of(wrapper)
+    if wrapper is None or row is None or any(row.pad):
+        return False
+    conv = _get(wrapper, row.conv)
+    return isinstance(conv, nn.Conv3d) and {*conv.kernel_size, *conv.stride} == {1}
 
 
 def _is_conditioned(block: Any) -> bool:

@@ -8,8 +8,10 @@ The norm's `forward` does both, and the activation's becomes the identity, where
 of that activation follows a norm taken here: a block is taken whole or not at all. Where a call must run stock (a
 gradient, autocast, mixed dtypes) the norm still does both, by the stock ops. Any other norm is taken alone.
 
-Per-frame norms (Mochi, Cosmos): the wrapper hands the whole clip to its GroupNorm, which normalises frame by frame, so
-that the weights are read inside their own module's call.
+Modules around a GroupNorm hand it the whole clip, and it does their work, so that weights are read inside their own
+module's call: it takes the frames apart (Mochi, Cosmos), or scales and shifts by what CogVideoX convolves from the
+latent. Those 1x1x1 convolutions commute with the nearest upsampling before them and run at the latent's size: stock
+enlarges the latent for each norm, and 64 % of all that a CogVideoX decode's convolutions write is theirs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
 from vae_accel.families import norms
 from vae_accel.kernels.group_norm_act import group_norm_act
+from vae_accel.kernels.group_norm_modulate_act import group_norm_modulate_act
 from vae_accel.kernels.rms_norm_act import rms_norm_act
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 
@@ -56,7 +59,7 @@ class FusedNormAct(Rewrite):
             kind = norms.kind_of(module)
             if path in done or (kind == "last" and path not in channels):
                 continue
-            if kind is not None or norms.inner_of(module) is not None:
+            if kind is not None or norms.wrapper_of(module) is not None:
                 yield _site(root, path, _unclaimable(root, ledger, path), act=False, silences=None)
                 done |= set(_slots(root, path))
             elif norms.refusal(module) is not None:
@@ -66,7 +69,7 @@ class FusedNormAct(Rewrite):
         kind, act, silences = (site.facts[k] for k in ("kind", "act", "silences"))
         *wrapper, norm = _slots(root, site.path)
         for path in wrapper:
-            pen.method(path, "forward", by_frame, norm.removeprefix(f"{path}."))
+            pen.method(path, "forward", WRAPPERS[kind], act, norm.rpartition(".")[2])
         pen.method(norm, "forward", FORWARDS[kind], act)
         if silences is not None:
             pen.method(silences, "forward", silent)
@@ -97,9 +100,52 @@ def own_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, hi
     return group_norm_act(x, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True)
 
 
-def by_frame(module: nn.Module, below: Callable[..., Tensor], norm: str, x: Tensor) -> Tensor:
-    """Mochi's and Cosmos' wrapper around a GroupNorm that knows to take each frame of a clip apart."""
+def by_frame(module: nn.Module, below: Callable[..., Tensor], act: bool, norm: str, x: Tensor) -> Tensor:
+    """Mochi's and Cosmos' wrapper around `group_norm_of_frames`, which applies the activation."""
     return getattr(module, norm)(x) if x.dim() == 5 else below(x)
+
+
+def modulated(
+    module: Any,
+    below: Callable[..., Any],
+    act: bool,
+    norm: str,
+    f: Tensor,
+    zq: Tensor,
+    conv_cache: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """CogVideoX' spatial norm around `group_norm_modulated`: convolutions at the size of the latent `zq`.
+
+    The caches of 1x1x1 convolutions are handed on as the callers expect them; nothing ever reads them.
+    """
+    frames = _latent_frames(f.shape[2], zq.shape[2])
+    if frames is None or _runs_stock(f, zq):
+        normed, cache = below(f, zq, conv_cache)
+        return _silu(normed, act), cache
+    cache = {}
+    scale, cache["conv_y"] = module.conv_y(zq)
+    shift, cache["conv_b"] = module.conv_b(zq)
+    return getattr(module, norm)(f, scale, shift, frames), cache
+
+
+def group_norm_modulated(
+    module: nn.GroupNorm,
+    below: Callable[..., Tensor],
+    act: bool,
+    input: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    frames: list[int] | None = None,
+) -> Tensor:
+    """The GroupNorm inside `modulated`; called by stock's own forward it is a GroupNorm, without the activation."""
+    if scale is None or shift is None or frames is None:
+        return group_norm(module, below, False, input)
+    if _runs_stock(input, module.weight, module.bias, scale, shift):
+        enlarged = (F.interpolate(m[:, :, frames], size=input.shape[2:]) for m in (scale, shift))
+        return _silu(below(input) * next(enlarged) + next(enlarged), act)
+    return group_norm_modulate_act(
+        input, module.num_groups, module.weight, module.bias, module.eps, scale, shift, frames, act=act
+    )
 
 
 def rms_norm(module: Any, below: Callable[..., Tensor], act: bool, x: Tensor) -> Tensor:
@@ -144,6 +190,7 @@ def silent(module: nn.Module, below: Callable[..., Tensor], input: Tensor) -> Te
 FORWARDS: dict[str, Callable[..., Tensor]] = {
     "group": group_norm,
     "by_frame": group_norm_of_frames,
+    "modulated": group_norm_modulated,
     "frames": own_frames,
     "l2": rms_norm,
     "l2_fp32": rms_norm_in_fp32,
@@ -152,16 +199,20 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+WRAPPERS: dict[str, Callable[..., Any]] = {"by_frame": by_frame, "modulated": modulated}
+
+
 def _site(root: nn.Module, path: str, why: str | None, act: bool, silences: str | None) -> Site:
     module = root.get_submodule(path)
-    kind = "by_frame" if norms.inner_of(module) is not None else norms.kind_of(module)
+    wrapper = norms.wrapper_of(module)
+    kind = norms.kind_of(module) if wrapper is None else wrapper[0]
     return Site(path, why, {"kind": kind, "act": act, "silences": silences})
 
 
 def _slots(root: nn.Module, path: str) -> tuple[str, ...]:
-    """The modules whose `forward` a norm's site takes: itself, and beneath a wrapper the norm it wraps."""
-    inner = norms.inner_of(root.get_submodule(path))
-    return (path,) if inner is None else (path, f"{path}.{inner}" if path else inner)
+    """The modules whose `forward` a norm's site takes: itself, and inside a wrapper the norm it wraps."""
+    wrapper = norms.wrapper_of(root.get_submodule(path))
+    return (path,) if wrapper is None else (path, f"{path}.{wrapper[1]}" if path else wrapper[1])
 
 
 def _unclaimable(root: nn.Module, ledger: Ledger, path: str) -> str | None:
@@ -180,6 +231,18 @@ def _runs_stock(x: Tensor, *parameters: Tensor | None) -> bool:
     if x.dim() < 3 or x.numel() == 0 or any(p is not None and p.dtype != x.dtype for p in parameters):
         return True
     return runs_stock(x, *parameters)
+
+
+def _latent_frames(frames: int, latents: int) -> list[int] | None:
+    """The latent frame of each frame as CogVideoX enlarges time; None where nearest is more than a shift of bits.
+
+    Of an odd number of frames the first stands alone; F.interpolate scales in fp32, which is exact for powers of two.
+    """
+    alone = int(frames > 1 and frames % 2 == 1)
+    rest, of = frames - alone, latents - alone
+    if of < 1 or rest % of or (rest // of).bit_count() != 1:
+        return None
+    return [0] * alone + [alone + i // (rest // of) for i in range(rest)]
 
 
 def _silu(x: Tensor, act: bool) -> Tensor:
