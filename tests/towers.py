@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ GRIDS = ((1, 8, 10), (3, 4, 6))  # (t, h, w) in patches of the images of one pac
 
 @dataclass(frozen=True)
 class Tower:
-    """A row of the table. `make` takes the name of a class of transformers and its configuration's keywords.
+    """A row of the table: a class of transformers by name, and keywords of its configuration.
 
-    `convolution` is the path of the patch embedding that is a convolution, `table` that of a module which resamples
-    positions bilinearly; '' where there is none.
+    `convolution` is the path of the patch embedding that is a convolution ('' for none), `table` that of the module
+    which resamples a table of positions bilinearly (None for none).
     """
 
     id: str
@@ -39,9 +40,9 @@ class Tower:
         """A fresh model on the CPU, in eval mode; one seed gives one model."""
         import transformers
 
-        config = getattr(transformers, self.config_class)(**self.config)
-        home = transformers if hasattr(transformers, self.model_class) else _home(config)
-        model = getattr(home, self.model_class)._from_config(config)
+        config_class = getattr(transformers, self.config_class)
+        home = import_module(config_class.__module__.replace("configuration_", "modeling_"))
+        model = getattr(home, self.model_class)._from_config(config_class(**self.config))
         return randomise(model, dtype=torch.float32, device="cpu", seed=seed).to(dtype)
 
     def inputs(self, kind: Kind = "picture", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -52,14 +53,6 @@ class Tower:
         """Every tensor that the model returns, without gradients."""
         with torch.no_grad():
             return list(_tensors(model(**feed)))
-
-
-def _home(config: Any) -> Any:
-    import sys
-
-    module = type(config).__module__.replace("configuration_", "modeling_")
-    __import__(module)
-    return sys.modules[module]
 
 
 def _tensors(output: Any) -> list[Tensor]:
