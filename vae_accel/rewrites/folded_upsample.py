@@ -14,7 +14,8 @@ Where time is doubled too (HunyuanVideo: the first frame single, replicated bord
 is materialised at once beside input and output.
 
 The taps are summed at every call, in fp32 from the weight as it is then, and rounded once: nothing can go stale. In 16
-bits that is one rounding more than stock; a whole decode's error stays within 1.05 of stock's.
+bits that is one rounding more than stock's. Few convolutions fold, so a decode's error was 1.02 of stock's on average
+and 0.96 to 1.06 by model and kind of latent (SD, HunyuanVideo, CogVideoX, Wan 2.1: narrow, random, of full depth).
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _place(out: Tensor, y: Tensor, together: int, form: Form) -> None:
     # Pixel (2i + a, 2j + b) is phase (a, b) at corner (i + a, j + b): the shift is a stride of the phase.
     shape = (n, o, t, together, h, 2, w, 2)
     strides = (t * frame, channel, frame, o * channel, row, 2 * phase + row, column, phase + column)
-    out.unflatten(4, (h, 2)).unflatten(6, (w, 2)).copy_(y.as_strided(shape, strides, y.storage_offset()))
+    out.unflatten(4, (h, 2)).unflatten(6, (w, 2)).copy_(y.as_strided(shape, strides))
 
 
 def _is_channels_last(x: Tensor) -> bool:
