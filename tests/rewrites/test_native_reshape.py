@@ -69,6 +69,23 @@ class Decorated(nn.Module):
         return fold(x, "b c -> c b")
 
 
+class Static(nn.Module):
+    @staticmethod
+    def forward(x):
+        return fold(x, "b c -> c b")
+
+
+class Repeats(nn.Module):
+    """A method of tensors of the same name as a global that is einops."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = fold(torch.arange(4).reshape(2, 2), "a b -> b a")
+
+    def forward(self, x):
+        return x.repeat(2, 1)
+
+
 class Counts(einops.layers.torch.Rearrange):
     def forward(self, x):
         return super().forward(x) + 1
@@ -144,11 +161,21 @@ def test_globals_are_live(monkeypatch):
 
 @pytest.mark.parametrize(
     "module, why",
-    [(Assigns, "assigns globals"), (Looks, "looks into its globals"), (Decorated, "inside a decorator")],
+    [
+        (Assigns, "assigns globals"),
+        (Looks, "looks into its globals"),
+        (Decorated, "beneath a decorator"),
+        (Static, "decor"),
+    ],
 )
 def test_unsound_sites_are_refused(module, why):
     with pytest.raises(ValueError, match=why):
         optimized(nn.Sequential(module()))
+
+
+def test_a_method_that_only_shares_a_name_is_no_site():
+    with pytest.raises(ValueError, match="no such site"):
+        optimized(nn.Sequential(Repeats()))
 
 
 def test_layers_that_are_refused():

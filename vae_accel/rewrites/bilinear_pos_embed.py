@@ -62,10 +62,11 @@ class BilinearPosEmbed(Rewrite):
 
 def forward(tower: nn.Module, below: Callable[..., Any], row: PositionTable, *args: Any, **kwargs: Any) -> Any:
     """A tower's `forward(hidden_states, grid_thw, **kwargs)`: stock's, with the positions resampled by the kernel."""
-    thw = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+    thw: Any = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
     if "interp_indices" in kwargs or "interp_weights" in kwargs:
         return below(*args, **kwargs)
-    grid = _grid(tower, row, thw, tower.get_submodule(row.projection).weight.dtype)
+    projection: Any = tower.get_submodule(row.projection)
+    grid = _grid(tower, row, thw, projection.weight.dtype)
     if grid is None:
         return below(*args, **kwargs)
     one = torch.ones((1, 1), dtype=torch.bool, device=thw.device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dis
 import functools
 import importlib
+import inspect
 import sys
 import timeit
 import types
@@ -46,17 +47,20 @@ class NativeReshape(Rewrite):
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         if "einops" not in sys.modules:
             return
+        of_class: dict[type, dict[str, str | tuple[str, ...]]] = {}
         for path, module in root.named_modules():
             if _is_layer(module):
                 yield Site(path, _layer_refusal(module) or obstacle(root, ledger, path, "forward"))
                 continue
+            if type(module) not in of_class:
+                of_class[type(module)] = _methods(type(module))
             methods, reasons = {}, []
-            for name, function in _functions(type(module)):
-                reason = _refusal(function) or (_uses(function) and obstacle(root, ledger, path, name))
-                if reason:
+            for name, found in of_class[type(module)].items():
+                reason = found if isinstance(found, str) else obstacle(root, ledger, path, name)
+                if reason is None:
+                    methods[name] = found
+                else:
                     reasons.append(f"{name}: {reason}")
-                elif _uses(function):
-                    methods[name] = _names(function)
             if methods or reasons:
                 yield Site(path, None if methods else "; ".join(reasons), {"methods": methods})
 
@@ -123,7 +127,7 @@ def per_call_time(calls: int = 2000) -> dict[str, tuple[float, float]]:
         ImportError: einops is not installed.
     """
     einops = importlib.import_module("einops")
-    patterns = {
+    patterns: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         "... h d -> ... (h d)": ((1, 8, 4, 16), {}),
         "b c t h w -> (b t) c h w": ((1, 4, 2, 4, 4), {}),
         "(b t) c h w -> b c t h w": ((2, 4, 4, 4), {"t": 2}),
@@ -177,52 +181,58 @@ def _layer_refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def _functions(cls: type) -> Iterator[tuple[str, Any]]:
-    """The attributes a module's own classes define, the most derived of each name."""
+def _methods(cls: type) -> dict[str, str | tuple[str, ...]]:
+    """The methods of a class whose code calls einops: the globals each one reads, or why it is left alone."""
+    found: dict[str, str | tuple[str, ...]] = {}
     seen: set[str] = set()
     for owner in cls.__mro__:
-        if owner not in (nn.Module, object):
-            yield from ((name, value) for name, value in vars(owner).items() if name not in seen)
-            seen |= set(vars(owner))
+        if owner in (nn.Module, object):
+            continue
+        for name, value in vars(owner).items():
+            if name in seen or name.startswith("__"):
+                continue
+            inner = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
+            if _calls_einops(inner):
+                found[name] = _refusal(value, inner) or tuple(sorted({*_globals(inner.__code__), *_MODULE_FACTS}))
+        seen |= set(vars(owner))
+    return found
 
 
-def _uses(function: Any) -> bool:
-    """Whether a plain function reads einops from its globals."""
-    if not isinstance(function, types.FunctionType):
-        return False
-    used = set(_instructions(function.__code__, "LOAD_GLOBAL"))
-    here = {name for name in used if id(function.__globals__.get(name)) in _replacements()}
-    by_name = any(function.__globals__[name] is not sys.modules["einops"] for name in here)
-    return by_name or (bool(here) and bool(set(_attributes(function.__code__)) & set(_FUNCTIONS)))
-
-
-def _refusal(value: Any) -> str | None:
-    """Why einops is in this attribute of a class and cannot be replaced; None where it can, or is not there."""
-    inner = getattr(value, "__wrapped__", None) or getattr(value, "__func__", None) or getattr(value, "fget", None)
-    if inner is not None and not isinstance(value, types.FunctionType | staticmethod | classmethod | property):
-        return None
-    if inner is not None:
-        return "einops is used inside a decorator" if _uses(inner) else None
-    if not _uses(value):
-        return None
-    if set(_instructions(value.__code__, "STORE_GLOBAL", "DELETE_GLOBAL")):
+def _refusal(value: Any, inner: types.FunctionType) -> str | None:
+    """Why einops cannot be replaced in `inner`, the function at the bottom of a class attribute, or None."""
+    if value is not inner:
+        return "einops is used beneath a decorator"
+    if set(_instructions(inner.__code__, "STORE_GLOBAL", "DELETE_GLOBAL")):
         return "it assigns globals"
-    if _SEES_GLOBALS & set(_instructions(value.__code__, "LOAD_GLOBAL")):
+    if _SEES_GLOBALS & set(_globals(inner.__code__)):
         return "it looks into its globals"
     return None
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    return tuple(sorted({*_instructions(function.__code__, "LOAD_GLOBAL"), *_MODULE_FACTS}))
+def _calls_einops(function: Any) -> bool:
+    """Whether a function reads one of the three functions from its globals, or from the module einops there."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    live, einops = function.__globals__, sys.modules["einops"]
+    if not any(id(live.get(name)) in _replacements() for code in _codes(function.__code__) for name in code.co_names):
+        return False  # most methods: nothing to disassemble
+    read = [live[name] for name in _globals(function.__code__) if id(live.get(name)) in _replacements()]
+    attributes = set(_instructions(function.__code__, "LOAD_ATTR", "LOAD_METHOD"))
+    return any(value is not einops or attributes & set(_FUNCTIONS) for value in read)
+
+
+def _globals(code: types.CodeType) -> Iterator[str]:
+    return _instructions(code, "LOAD_GLOBAL")
 
 
 def _instructions(code: types.CodeType, *operations: str) -> Iterator[str]:
-    """The names that instructions of these kinds carry, in a code object and the ones it defines."""
-    yield from (i.argval for i in dis.get_instructions(code) if i.opname in operations)
+    """The names that instructions of these kinds carry, in a code object and in those it defines."""
+    for each in _codes(code):
+        yield from (i.argval for i in dis.get_instructions(each) if i.opname in operations)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _instructions(constant, *operations)
-
-
-def _attributes(code: types.CodeType) -> Iterator[str]:
-    yield from _instructions(code, "LOAD_ATTR", "LOAD_METHOD")
+            yield from _codes(constant)
