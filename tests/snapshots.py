@@ -13,7 +13,7 @@ from vae_accel.edits import LEDGER
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Values and strides of every parameter and buffer, and what each module holds besides (hooks, methods)."""
+    """Values and strides of every parameter and buffer, and what each module holds besides (methods, options)."""
 
     tensors: dict[str, Tensor]
     strides: dict[str, tuple[int, ...]]
@@ -55,11 +55,10 @@ def assert_identical(model: nn.Module, before: Snapshot) -> None:
 
 
 def _instance(module: nn.Module) -> dict[str, Any]:
-    """Bound methods compare equal by function and object; state that a forward leaves behind (caches) is not ours."""
+    """Methods on the instance and public options. Private state (Wan's caches) belongs to the forward."""
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _TORCH_OWN
-        and (callable(value) or isinstance(value, (int, str, tuple, dict, type(None))))
-        and not isinstance(value, (dict,))
+        if (callable(value) and name not in _TORCH_OWN)
+        or (isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("_"))
     }
