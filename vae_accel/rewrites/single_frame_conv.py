@@ -25,9 +25,16 @@ from torch import Tensor, nn
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
 from vae_accel.families import causal
 from vae_accel.families.causal import Causal
+from vae_accel.families.match import known_as
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 
 Taps = Literal["last", "sum"]
+STATEFUL = (
+    "EasyAnimateCausalConv3d",
+    "VidTokCausalConv3d",
+    "KVAECachedCausalConv3d",
+    "Kandinsky6SRCausalConv3d",
+)
 
 
 @dataclass(frozen=True)
@@ -44,26 +51,28 @@ class SingleFrameConv(Rewrite):
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         for path, module in root.named_modules():
             row, stranger = causal.causal_of(module), causal.refusal(module)
-            if row is not None:
+            if row is not None and not _pointwise(_conv(module, row)):
                 yield Site(path, _refusal(root, ledger, path, row))
             elif stranger is not None:
                 yield Site(path, stranger)
+            elif known_as(module, STATEFUL) is not None:
+                yield Site(path, "its forward keeps frames of its own between calls")
 
     def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
         module = root.get_submodule(site.path)
         row = causal.causal_of(module)
         assert row is not None
-        pen.method(site.path, "forward", forward, causal.known_as(module, causal.ROWS), self.compute_dtype)
+        pen.method(site.path, "forward", forward, known_as(module, causal.ROWS), self.compute_dtype)
         if row.conv:
-            pen.method(f"{site.path}.{row.conv}", "_conv_forward", conv_forward, _taps(row), self.compute_dtype)
+            pen.method(
+                f"{site.path}.{row.conv}".lstrip("."), "_conv_forward", conv_forward, _taps(row), self.compute_dtype
+            )
 
 
 def _refusal(root: nn.Module, ledger: Ledger, path: str, row: Causal) -> str | None:
     conv = _conv(root.get_submodule(path), row)
     if not isinstance(conv, nn.Conv3d):
         return f"its convolution is a {type(conv).__name__}, no Conv3d"
-    if conv.kernel_size[0] == 1:
-        return "one tap in time"
     if type(conv)._conv_forward is not nn.Conv3d._conv_forward:
         return f"{type(conv).__name__} has arithmetic of its own (_conv_forward)"
     if conv.padding_mode != "zeros" and not row.conv:
@@ -74,8 +83,13 @@ def _refusal(root: nn.Module, ledger: Ledger, path: str, row: Causal) -> str | N
         return "it crops instead of padding"
     reason = unusable_weight(conv) or obstacle(root, ledger, path, "forward", SingleFrameConv.over)
     if reason is None and row.conv:
-        reason = obstacle(root, ledger, f"{path}.{row.conv}", "_conv_forward", SingleFrameConv.over)
+        reason = obstacle(root, ledger, f"{path}.{row.conv}".lstrip("."), "_conv_forward", SingleFrameConv.over)
     return reason
+
+
+def _pointwise(conv: Any) -> bool:
+    """One tap in time: nothing to collapse."""
+    return isinstance(conv, nn.Conv3d) and conv.kernel_size[0] == 1
 
 
 def _one_frame_comes_out(conv: nn.Conv3d, row: Causal) -> bool:
