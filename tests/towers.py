@@ -49,10 +49,14 @@ class Tower:
         """Keywords of the model's forward."""
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.feed(kind, seed).items()}
 
+    def run(self, model: nn.Module, feed: Mapping[str, Tensor]) -> list[Tensor]:
+        """Every floating-point tensor that the model returns."""
+        return _tensors(model(**feed))
+
     def outputs(self, model: nn.Module, feed: Mapping[str, Tensor]) -> list[Tensor]:
-        """Every tensor that the model returns, without gradients."""
+        """The same without gradients."""
         with torch.no_grad():
-            return list(_tensors(model(**feed)))
+            return self.run(model, feed)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -184,15 +188,6 @@ TABLE = (
     ),
     _qwen3("qwen3-vl", "Qwen3VL"),
     Tower(
-        "qwen3-vl-prompt",
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
-        QWEN3_PROMPT,
-        _prompt,
-        "model.visual.patch_embed.proj",
-        "model.visual",
-    ),
-    Tower(
         "clip",
         "CLIPVisionModel",
         "CLIPVisionConfig",
@@ -231,6 +226,17 @@ TABLE = (
         image(12),
         "embeddings.patch_embeddings.projection",
     ),
+)
+
+# A tower inside a vision-language model, as pipelines hold it. Each forward leaves `rope_deltas` on the model.
+HOLDER = Tower(
+    "qwen3-vl-prompt",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLConfig",
+    QWEN3_PROMPT,
+    _prompt,
+    "model.visual.patch_embed.proj",
+    "model.visual",
 )
 
 # The other classes that resample a table bilinearly; no pipeline of diffusers 0.42 holds one.

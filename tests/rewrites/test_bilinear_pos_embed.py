@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 import vae_accel
-from tests.towers import RELATIVES, TABLE, Tower
+from tests.towers import HOLDER, RELATIVES, TABLE, Tower
 from vae_accel.edits import Ledger, ledger_of
 from vae_accel.families import position_embeddings
 from vae_accel.platforms import Cpu, base
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 
-TOWERS = [t for t in TABLE + RELATIVES if t.table is not None]
+TOWERS = [t for t in (*TABLE, HOLDER, *RELATIVES) if t.table is not None]
 QWEN3 = next(t for t in TABLE if t.id == "qwen3-vl")
 BIT_OF_FP32 = 2e-6  # of values of order one
 

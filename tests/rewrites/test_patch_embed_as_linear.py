@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_accel
-from tests.towers import TABLE, Tower
+from tests.towers import HOLDER, TABLE, Tower
 from vae_accel.edits import Ledger, ledger_of
 from vae_accel.platforms import Cpu, base
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -216,7 +216,7 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(compiled(x), ours(x))
 
 
-@pytest.mark.parametrize("tower", [t for t in TABLE if t.convolution], ids=lambda t: t.id)
+@pytest.mark.parametrize("tower", [t for t in (*TABLE, HOLDER) if t.convolution], ids=lambda t: t.id)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_towers(tower: Tower, last: bool):
     def build(dtype):
