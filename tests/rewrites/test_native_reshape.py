@@ -14,6 +14,7 @@ from einops import reduce, repeat
 from torch import nn
 
 import vae_accel
+from tests import remote
 from vae_accel.edits import ledger_of
 from vae_accel.platforms import base, cpu
 from vae_accel.rewrites import native_reshape
@@ -124,6 +125,16 @@ def test_methods_give_the_same_bits_and_strides():
         model(x)
 
 
+def test_a_model_of_remote_code():
+    model = remote.build()
+    want = remote.run(model, "picture")
+    optimized(model)
+    assert ledger_of(model).outcomes[0].taken == ["patch", "attention", "unpatch", "still"]
+    with einops_raises():
+        got = remote.run(model, "picture")
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(got, want, strict=True))
+
+
 def test_layers():
     x = torch.randn(2, 3, 8, 8)
     model = nn.Sequential(
@@ -214,7 +225,11 @@ def test_restore_deepcopy_pickle_and_state_dict():
     optimized(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), want) and ledger_of(twin) is not None
-        assert twin[0].__dict__["forward"].args[0] is twin[0]
+        assert all(layer.__dict__["forward"].args[0] is layer for layer in twin)
+        with einops_raises():
+            assert torch.equal(twin(x), want)
+        vae_accel.restore(twin)
+        assert "forward" not in {**vars(twin[0]), **vars(twin[1])} and torch.equal(twin(x), want)
     assert list(model.state_dict()) == keys
     vae_accel.restore(model)
     assert not {"forward", "split"} & {*model[0].__dict__, *model[1].__dict__}

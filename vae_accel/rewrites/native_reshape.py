@@ -67,6 +67,7 @@ class NativeReshape(Rewrite):
     def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
         if _is_layer(root.get_submodule(site.path)):
             pen.method(site.path, "forward", layer_forward)
+            pen.method(site.path, "__reduce_ex__", reduce_layer)
         for name, names in site.facts.get("methods", {}).items():
             pen.method(site.path, name, method, names)
 
@@ -77,6 +78,23 @@ def layer_forward(layer: Any, below: Callable[..., Tensor], input: Tensor) -> Te
         return below(input)
     native = _native(input, layer.pattern, getattr(layer, "reduction", "rearrange"), layer.axes_lengths)
     return below(input) if native is None else native(input)
+
+
+def reduce_layer(layer: Any, below: Callable[..., Any], protocol: int) -> tuple[Any, ...]:
+    """Copies and pickles a layer with all it holds: einops keeps the pattern alone, and would drop our `forward`."""
+    return _hollow, (type(layer),), dict(vars(layer))
+
+
+def _hollow(cls: type) -> Any:
+    """A layer that takes its state into its `__dict__`, instead of by the `__setstate__` of its class."""
+    layer = cls.__new__(cls)
+    vars(layer)["__setstate__"] = functools.partial(_fill, layer)
+    return layer
+
+
+def _fill(layer: Any, state: dict[str, Any]) -> None:
+    del vars(layer)["__setstate__"]
+    vars(layer).update(state)
 
 
 def method(module: nn.Module, below: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
