@@ -9,15 +9,20 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from tests.tiny import Tiny
-from tests.vaes import TABLE
+from tests import towers
+from tests.tiny import Tiny, image
+from tests.towers import Tower
+from tests.vaes import KL, TABLE
 from vae_accel import rewrites
 from vae_accel.edits import Ledger
 from vae_accel.platforms import ALL, Platform, Step, base
 from vae_accel.rewrite import Rewrite, Site
-from vae_accel.workloads.inputs import Kind
+from vae_accel.workloads.inputs import Kind, latents
+from vae_accel.workloads.weights import randomise
 
 KINDS: tuple[Kind, ...] = ("noise", "ramp")
 
@@ -47,7 +52,45 @@ def autoencoder(tiny: Tiny) -> Subject:
     return Subject(tiny.id, "vae", lambda dtype: tiny.build(dtype=dtype), run)
 
 
-SUBJECTS: dict[str, Subject] = {tiny.id: autoencoder(tiny) for tiny in TABLE}
+def tower(row: Tower) -> Subject:
+    def run(model: nn.Module, kind: Kind) -> list[Tensor]:
+        return row.run(model, row.inputs(kind, dtype=dtype_of(model)))
+
+    return Subject(row.id, "encoder", lambda dtype: row.build(dtype=dtype), run)
+
+
+class EinopsBlock(nn.Module):
+    """As the original code of Wan, LTX and HunyuanVideo writes it: a layer of einops, and calls by its global name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.merge = nn.Linear(8, 24), Rearrange("b h n d -> b n (h d)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=2) for part in self.qkv(x).chunk(3, -1))
+        return self.merge((q @ k.mT).softmax(-1) @ v)
+
+
+def einops_block() -> Subject:
+    def build(dtype: torch.dtype) -> nn.Module:
+        return randomise(EinopsBlock(), dtype=dtype, device="cpu")
+
+    def run(model: nn.Module, kind: Kind) -> list[Tensor]:
+        return [model(latents(kind, (2, 1, 6, 8))[:, 0].to(dtype_of(model)))]
+
+    return Subject("einops", "vae", build, run)
+
+
+# An SD autoencoder whose one attention head is wider than the fused kernels go.
+WIDE = image("sd-wide", "AutoencoderKL", 4, (4, 6), 2, config={**KL, "block_out_channels": (32, 288)})
+SUBJECTS: dict[str, Subject] = {
+    subject.id: subject
+    for subject in (
+        *map(autoencoder, (*TABLE, WIDE)),
+        *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES)),
+        einops_block(),
+    )
+}
 
 
 def optimized(model: nn.Module, rewrite: Rewrite, role: str = "vae") -> nn.Module:
