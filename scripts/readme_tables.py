@@ -1,6 +1,6 @@
 """Writes the generated tables of README.md between their markers: settings, results, plans. A test compares.
 
-    python scripts/readme_tables.py          # rewrites README.md
+python scripts/readme_tables.py          # rewrites README.md
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vae_accel import bench, platforms
+from vae_accel import platforms, results
 from vae_accel import settings as env
 from vae_accel.rewrites import NAMES
 
@@ -24,7 +24,7 @@ def results_table() -> str:
     """One row a workload and direction, from the committed result files."""
     rows = []
     for platform in platforms.ALL:
-        for result in bench.load(ROOT / "platforms" / platform / "results"):
+        for result in results.load(ROOT / "platforms" / platform / "results"):
             proofs = {row.direction: row for row in result.proof}
             for speed in result.speed:
                 proof = proofs[speed.direction]
@@ -42,7 +42,17 @@ def results_table() -> str:
                         f"{proof.ours_psnr:.1f} / {proof.stock_psnr:.1f}",
                     )
                 )
-    columns = ("decode of", "device", "dtype", "stock ms", "ours ms", "", "torch.compile ms", "peak GiB", "dB to golden")
+    columns = (
+        "decode of",
+        "device",
+        "dtype",
+        "stock ms",
+        "ours ms",
+        "",
+        "torch.compile ms",
+        "peak GiB",
+        "dB to golden",
+    )
     return _table(columns, rows)
 
 
@@ -71,7 +81,7 @@ def fill(text: str) -> str:
     return text
 
 
-def _memory(speed: bench.Speed) -> str:
+def _memory(speed: results.Speed) -> str:
     if speed.stock.peak_gib is None or speed.ours.peak_gib is None:
         return ""
     return f"{speed.stock.peak_gib:.1f} -> {speed.ours.peak_gib:.1f}"

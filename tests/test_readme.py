@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_accel import bench, platforms
+from vae_accel import platforms, results
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def test_missing_markers_are_told():
 
 @pytest.mark.parametrize("platform", platforms.ALL)
 def test_results_pass_their_schema_and_their_proof(platform):
-    for result in bench.load(ROOT / "platforms" / platform / "results"):
+    for result in results.load(ROOT / "platforms" / platform / "results"):
         assert result.platform == platform
         assert result.rewrites and result.proof and result.speed
         for row in result.proof:
@@ -42,8 +42,8 @@ def test_results_pass_their_schema_and_their_proof(platform):
 @pytest.mark.parametrize("platform", platforms.ALL)
 def test_what_is_on_has_evidence(platform):
     """A rewrite is on by default only where a committed result names it, or where it repairs a wrong result."""
-    results = bench.load(ROOT / "platforms" / platform / "results")
-    named = {name for result in results for name in result.rewrites}
+    files = results.load(ROOT / "platforms" / platform / "results")
+    named = {name for result in files for name in (*result.rewrites, *(call.rewrite for call in result.calls))}
     table = platforms.ALL[platform]
     steps = [step for step in (*table.vae, *table.encoder) if step.default == "on" and not step.rewrite.repairs]
     missing = sorted({step.rewrite.name for step in steps} - named)

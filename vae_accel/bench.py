@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import copy
 import datetime
-import importlib.metadata
-import json
-import platform as host
+import importlib.util
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from vae_accel import api, verify, workloads
-
-SCHEMA = 1
-_PACKAGES = ("diffusers", "transformers", "triton", "accelerate", "vae-accel")
+from vae_accel.edits import ledger_of
+from vae_accel.results import Call, ProofRow, Result, Speed, Timing, commit_of, versions
+from vae_accel.rewrites import native_reshape
 
 
 class RedProof(RuntimeError):
@@ -34,67 +30,6 @@ class RedProof(RuntimeError):
             f"{proof.workload} {proof.size} {proof.dtype}: the proof is red ({what}); no speed is reported"
         )
         self.proof = proof
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Timing(_Row):
-    """One column: wall milliseconds per call (synchronized), peak activation memory in GiB, kernel launches a call."""
-
-    median_ms: float
-    min_ms: float
-    max_ms: float
-    runs: int
-    peak_gib: float | None
-    launches: int | None
-
-
-class Speed(_Row):
-    """One direction of one workload. `compiled` is torch.compile of the stock encoder or decoder, when asked for."""
-
-    direction: Literal["decode", "encode", "embed"]
-    stock: Timing
-    ours: Timing
-    speedup: float
-    compiled: Timing | None = None
-    compile_seconds: float | None = None
-
-
-class ProofRow(_Row):
-    """The whole plan's worst line over the kinds of input, in dB against the golden, stock's own beside it."""
-
-    direction: str
-    size: str
-    golden: str
-    tier: str
-    ours_psnr: float
-    stock_psnr: float
-    ours_worst_frame_psnr: float
-    stock_worst_frame_psnr: float
-    ours_ssim: float | None
-    ours_min_cosine: float | None
-    rms_ratio: float
-    identical: bool
-
-
-class Result(_Row):
-    """One file under platforms/<name>/results: what was measured, on what, with which versions."""
-
-    schema_version: Literal[1] = SCHEMA
-    workload: str
-    size: str
-    dtype: str
-    weights: str
-    platform: str
-    device: str
-    commit: str
-    date: str
-    versions: dict[str, str]
-    rewrites: dict[str, int]
-    proof: list[ProofRow]
-    speed: list[Speed]
 
 
 def bench(
@@ -147,10 +82,7 @@ def bench(
     for direction in directions:
         x = verify.moved(workload.inputs("noise", direction, size), device, dtype)  # type: ignore[arg-type]
         progress(f"{direction}: {runs} runs each")
-        calls: dict[str, Callable[[], Tensor]] = {
-            "stock": lambda x=x, d=direction: verify.run(workload, stock, d, x),
-            "ours": lambda x=x, d=direction: verify.run(workload, ours, d, x),
-        }
+        calls = {n: partial(verify.run, workload, m, direction, x) for n, m in (("stock", stock), ("ours", ours))}
         timings = alternate(calls, runs, device)
         extra = _compiled(stock, calls["stock"], direction, runs, device) if compiled else {}
         ratio = timings["stock"].median_ms / timings["ours"].median_ms
@@ -168,23 +100,11 @@ def bench(
         rewrites=proof.rewrites,
         proof=_rows(proof),
         speed=speed,
+        calls=[*_pattern_calls(), *_module_calls(workload, stock, ours, directions[0], size)],
     )
 
 
-def write(result: Result, folder: str | Path) -> Path:
-    """Writes a result where the platform's evidence lives; one file a workload, size and dtype."""
-    path = Path(folder) / f"{result.workload}_{result.size}_{result.dtype}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(json.loads(result.model_dump_json()), indent=1) + "\n")
-    return path
-
-
-def load(folder: str | Path) -> list[Result]:
-    """Every result of a folder, checked against the schema."""
-    return [Result.model_validate_json(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-
-
-def alternate(calls: dict[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, Timing]:
+def alternate(calls: Mapping[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, Timing]:
     """Times each call `runs` times in turn, after one warm-up round, so that a drift of the machine meets all alike."""
     peaks, launches = {}, {}
     for name, call in calls.items():
@@ -212,32 +132,6 @@ def alternate(calls: dict[str, Callable[[], Any]], runs: int, device: torch.devi
     }
 
 
-def versions() -> dict[str, str]:
-    """Of everything that decides a timing."""
-    found = {"python": host.python_version(), "torch": torch.__version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    if torch.version.hip:
-        found["hip"] = torch.version.hip
-    return found
-
-
-def commit_of() -> str:
-    """The commit this package runs from, `-dirty` with local changes, or unknown outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return revision.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
 def _compiled(
     vae: nn.Module, call: Callable[[], Any], direction: str, runs: int, device: torch.device
 ) -> dict[str, Any]:
@@ -253,6 +147,37 @@ def _compiled(
     timing = alternate({"compiled": call}, runs, device)["compiled"]
     setattr(vae, f"{direction}r", part)
     return {"compiled": timing, "compile_seconds": seconds}
+
+
+def _pattern_calls() -> list[Call]:
+    """einops patterns against the views they compile to; nothing where einops is not installed."""
+    if importlib.util.find_spec("einops") is None:
+        return []
+    times = native_reshape.per_call_time()
+    return [Call(rewrite="native_reshape", what=p, stock_us=a, ours_us=b) for p, (a, b) in times.items()]
+
+
+def _module_calls(workload: Any, stock: nn.Module, ours: nn.Module, direction: str, size: Any) -> list[Call]:
+    """Each patch embedding that was taken, on what reaches it: small beside its tower, whose launches hide it."""
+    calls = []
+    parameter = next(stock.parameters())
+    x = verify.moved(workload.inputs("noise", direction, size), parameter.device, parameter.dtype)
+    for outcome in ledger_of(ours).outcomes:
+        for path in outcome.taken if outcome.name == "patch_embed_as_linear" else ():
+            seen: list[Any] = []
+            hook = stock.get_submodule(path).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args))
+            verify.run(workload, stock, direction, x)
+            hook.remove()
+            if not seen:  # it belongs to the other direction
+                continue
+            with torch.inference_mode():
+                both = {n: partial(m.get_submodule(path), *seen[0]) for n, m in (("stock", stock), ("ours", ours))}
+                times = {n: 1e3 * t.median_ms for n, t in alternate(both, 20, parameter.device).items()}
+            shape = "x".join(map(str, seen[0][0].shape))
+            calls.append(
+                Call(rewrite=outcome.name, what=f"{path} on {shape}", stock_us=times["stock"], ours_us=times["ours"])
+            )
+    return calls
 
 
 def _rows(proof: verify.Proof) -> list[ProofRow]:

@@ -88,7 +88,7 @@ def bench(
 ) -> None:
     """Time stock against optimized, alternating, after a green proof."""
     from vae_accel import bench as benches
-    from vae_accel import workloads
+    from vae_accel import results, workloads
 
     with _speaking():
         chosen = workloads.get(workload)
@@ -134,7 +134,7 @@ def bench(
                 f"{proof_row.ours_psnr:.2f} dB, stock {proof_row.stock_psnr:.2f} dB"
             )
         if write is not None:
-            console.print(f"wrote {benches.write(result, write)}")
+            console.print(f"wrote {results.write(result, write)}")
 
 
 @app.command("list")

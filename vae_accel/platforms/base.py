@@ -129,7 +129,8 @@ def _step(root: nn.Module, ledger: Ledger, step: Step, settings: env.Settings, o
     rewrite = step.rewrite
     tier = rewrite.tier
     if settings.bf16 and rewrite.lowers:
-        rewrite, tier = dataclasses.replace(rewrite, compute_dtype=torch.bfloat16), Tier.LOWERED
+        lowered: Any = {"compute_dtype": torch.bfloat16}
+        rewrite, tier = dataclasses.replace(rewrite, **lowered), Tier.LOWERED
     switch = settings.switches[rewrite.name]
     asked = switch == "1" or (only is not None and rewrite.name in only)
     off = None

@@ -1,9 +1,30 @@
-"""Placeholder table."""
+"""Ascend: the torch forms only, no channels_last_3d and no Triton; not measured on hardware (platforms/npu/README.md)."""
 
 from vae_accel.platforms.base import Platform, Step
+from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.folded_upsample import FoldedUpsample
+from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.native_reshape import NativeReshape
+from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+
+UNMEASURED = "not measured on hardware"
 
 
 class Npu(Platform):
     name = "npu"
-    vae = (Step(Conv3dAsConv2d(), "off", "unmeasured"),)
+    note = UNMEASURED
+    vae = (
+        Step(NativeReshape(), "off", UNMEASURED),
+        Step(FusedNormAct(), "off", UNMEASURED),
+        Step(FoldedUpsample(form="phases"), "off", UNMEASURED),
+        Step(Conv3dAsConv2d(form="stack", channels_last=False), "off", UNMEASURED),
+        Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
+        Step(SingleFrameConv(), "off", UNMEASURED),
+        Step(ChannelsLast(clips=False), "off", UNMEASURED),
+    )
+    encoder = (
+        Step(NativeReshape(), "off", UNMEASURED),
+        Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
+    )
