@@ -162,7 +162,8 @@ def _module_calls(workload: Any, stock: nn.Module, ours: nn.Module, direction: s
     calls = []
     parameter = next(stock.parameters())
     x = verify.moved(workload.inputs("noise", direction, size), parameter.device, parameter.dtype)
-    for outcome in ledger_of(ours).outcomes:
+    ledger = ledger_of(ours)
+    for outcome in ledger.outcomes if ledger else ():
         for path in outcome.taken if outcome.name == "patch_embed_as_linear" else ():
             seen: list[Any] = []
             hook = stock.get_submodule(path).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args))

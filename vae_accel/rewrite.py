@@ -49,7 +49,7 @@ class Rewrite(ABC):
     """A change to a model in place. Subclasses are frozen dataclasses: their fields are what a platform may choose.
 
     `over` names rewrites whose method slot this one may claim on top of: it handles a case and hands the rest to them.
-    `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own. A rewrite
+    `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own. One
     that `repairs` is there because stock is wrong on the platform, and is on without a measured speed.
     """
 

@@ -1,4 +1,4 @@
-"""Ascend: the torch forms only, no channels_last_3d and no Triton; not measured on hardware (platforms/npu/README.md)."""
+"""Ascend: the torch forms only, no channels_last_3d, no Triton; not measured on hardware (platforms/npu/README.md)."""
 
 from vae_accel.platforms.base import Platform, Step
 from vae_accel.rewrites.channels_last import ChannelsLast

@@ -7,6 +7,7 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.math_attention import MathAttention
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
@@ -18,6 +19,7 @@ class Rocm(Platform):
     name = "rocm"
     note = UNMEASURED
     vae = (
+        Step(MathAttention(), "on", "heads wider than 256 are wrong on gfx11xx otherwise (pytorch#189849)"),
         Step(NativeReshape(), "off", UNMEASURED),
         Step(FusedNormAct(), "off", UNMEASURED),
         Step(FoldedUpsample(form="phases"), "off", f"{UNMEASURED}; phases, as MIOpen's transposed form is 20x slower"),

@@ -30,6 +30,7 @@ class MathAttention(Rewrite):
 
     name = "math_attention"
     tier = Tier.ROUNDING
+    repairs = True
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         for path, module in root.named_modules():
