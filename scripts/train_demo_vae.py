@@ -1,11 +1,10 @@
 """Train the demo VAE of `vae_accel/data` on moving crops of the photographs in the scikit-image wheel.
 
-    python scripts/train_demo_vae.py train demo_vae --minutes 8 --compile --channels-last
-    python scripts/train_demo_vae.py card vae_accel/data
+    python scripts/train_demo_vae.py demo_vae --minutes 8 --compile --channels-last [--resume vae_accel/data]
 
-`train` writes the weights (16-bit safetensors), config.json and metrics.json into a folder; a single large GPU is
-assumed for a real run, `--minutes 0.2 --batch 2 --frames 5 --size 64` is a smoke test for a CPU. `card` brings the
-figures of a folder's MODEL_CARD.md up to date with its metrics.json.
+Writes the weights (16-bit safetensors), config.json and metrics.json into a folder; `scripts/demo_vae_card.py` then
+brings the model card up to date. A single large GPU is assumed for a real run; `--minutes 0.2 --batch 2 --frames 5
+--size 64` is a smoke test for a CPU.
 """
 
 import copy
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import diffusers
+import skimage.data
 import torch
 import torch.nn.functional as F
 import typer
@@ -26,7 +26,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vae_accel.demo import HELD_OUT, demo_clip, moving_crop, photograph
+from vae_accel.demo import HELD_OUT, camera_crop, demo_clip
 
 # How often each photograph is drawn: the ones rich in colour and detail more often than skies, stars and black borders.
 PHOTOGRAPHS = {
@@ -36,9 +36,16 @@ PHOTOGRAPHS = {
 }
 CLIPS_EVALUATED = {"17x256x256": (17, 256), "5x128x128": (5, 128)}
 Z_DIM = 16
-FIGURES = "<!-- figures: written by scripts/train_demo_vae.py card -->"
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+def photograph(name: str) -> Tensor:
+    """A photograph bundled in the scikit-image wheel, `[3, H, W]` in [0, 1]; grey ones get three equal channels."""
+    if name in ("motorcycle_left", "motorcycle_right"):
+        pixels = skimage.data.stereo_motorcycle()[name == "motorcycle_right"]
+    else:
+        pixels = getattr(skimage.data, name)()
+    image = torch.from_numpy(pixels.copy()).float() / 255
+    return image.expand(3, -1, -1) if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
 
 
 def build_vae() -> AutoencoderKLWan:
@@ -104,10 +111,10 @@ class Clips:
         y = self.uniform(clips, 0.1, 0.9) * height + self.path(clips, 4, 6) / zoom
         quarter_turns = torch.randint(4, (clips, 1), device=self.device) * (math.pi / 2)
         angle = quarter_turns + self.uniform(clips, -0.3, 0.3) + self.path(clips, 0.01, 0.04)
-        return moving_crop(photo, x, y, zoom, angle, self.size)
+        return camera_crop(photo * 2 - 1, x, y, zoom, angle, self.size)
 
     def __call__(self) -> Tensor:
-        clips = torch.cat([self.group(self.batch // self.groups) for _ in range(self.groups)])
+        clips = torch.cat([self.group(self.batch // self.groups) for _ in range(self.groups)]) / 2 + 0.5
         # Colours: channels mixed a little by rows that sum to 1 (grey stays grey), tint, moving exposure, gamma.
         mixing = torch.eye(3, device=self.device) + 0.1 * torch.randn(self.batch, 3, 3, device=self.device)
         clips = torch.einsum("bij,bjthw->bithw", mixing / mixing.sum(2, keepdim=True), clips)
@@ -198,7 +205,6 @@ def measure_latents(vae: AutoencoderKLWan, clips: Clips, batches: int = 16) -> N
     )
 
 
-@app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="folder for weights, config and metrics")],
     minutes: Annotated[float, typer.Option(help="wall-clock budget of the training loop")] = 8.0,
@@ -282,38 +288,5 @@ def train(
     typer.echo(json.dumps(metrics, indent=2))
 
 
-def figures(metrics: dict) -> str:
-    """The tables of the model card: what was reconstructed how well, and what the training took."""
-    lines = [
-        "| clip | held-out photograph | fp32 PSNR dB | worst frame | bf16 PSNR dB | worst frame |",
-        "|---|---|---|---|---|---|",
-    ]
-    for clip, photographs in metrics["psnr_db"].items():
-        for name, scores in photographs.items():
-            cells = [f"{scores[d][k]:.2f}" for d in ("float32", "bfloat16") for k in ("mean", "worst_frame")]
-            lines.append(f"| {clip} | {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| training run | steps | minutes | clips a step | learning rate | device |",
-        "|---|---|---|---|---|---|",
-    ]
-    for number, run in enumerate(metrics["runs"], 1):
-        batch, *clip = run["clips_a_step"]
-        shape = f"{batch} of {'x'.join(map(str, clip))}"
-        lines.append(
-            f"| {number} | {run['steps']} | {run['minutes']} | {shape} | {run['learning_rate']} | {run['device']} |"
-        )
-    return "\n".join(lines)
-
-
-@app.command()
-def card(folder: Annotated[Path, typer.Argument(help="a folder with metrics.json and MODEL_CARD.md")]) -> None:
-    """Rewrite the figures of the model card from metrics.json."""
-    path = folder / "MODEL_CARD.md"
-    before, _, after = path.read_text().split(FIGURES)
-    body = figures(json.loads((folder / "metrics.json").read_text()))
-    path.write_text(f"{before}{FIGURES}\n{body}\n{FIGURES}{after}")
-
-
 if __name__ == "__main__":
-    app()
+    typer.run(train)
