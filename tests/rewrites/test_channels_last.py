@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from tests.vaes import TABLE, Tiny
@@ -113,6 +114,23 @@ def test_each_encoder_and_decoder_is_refused_for_the_first_thing_that_breaks_the
     assert "pads in mode reflect" in outcome(reflected).refused["decoder"]
     stateful = optimized(tiny("easyanimate").build(), *BEFORE, ChannelsLast())
     assert "EasyAnimateCausalConv3d pads by replication" in outcome(stateful).refused["decoder"]
+
+
+@torch.inference_mode()
+def test_weights_that_come_and_go_are_laid_out_before_or_not_at_all() -> None:
+    case = tiny("flux.1")
+    decoded = case.decode(case.build(), case.latent())
+    before, after = optimized(case.build(), *BEFORE, ChannelsLast()), case.build()
+    cpu_offload(before, execution_device=torch.device("cpu"))
+    cpu_offload(after, execution_device=torch.device("cpu"))
+    optimized(after, *BEFORE, ChannelsLast())
+    assert outcome(before).taken and not outcome(after).taken
+    assert "optimize before offloading" in outcome(after).refused["decoder"]
+    seen: list[Tensor] = []
+    before.decoder.conv_in.register_forward_hook(lambda conv, args, y: seen.append(y))
+    for vae in (before, after):
+        torch.testing.assert_close(case.decode(vae, case.latent()), decoded, rtol=1e-4, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_platform_without_channels_last_3d_takes_pictures_alone() -> None:

@@ -46,7 +46,7 @@ class ChannelsLast(Rewrite):
             if len(convs) < 2:  # a lone patch embedding
                 continue
             reason = self._no_clips(root, convs) or obstacle(root, ledger, part, "forward")
-            reason = reason or _breakers(root, ledger, part)
+            reason = reason or _offloaded(root, part) or _breakers(root, ledger, part)
             blocks = [(path, name) for path, m in _within(root, part) if (name := known_as(m, layout.KEEPS_LAYOUT))]
             reason = reason or next(filter(None, (obstacle(root, ledger, p, "forward") for p, _ in blocks)), None)
             weights = [p for p in convs if unusable_weight(root.get_submodule(p)) is None]
@@ -84,6 +84,12 @@ def _channels_last(x: Any, clips: bool) -> Any:
 
 def _contiguous(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def _offloaded(root: nn.Module, part: str) -> str | None:
+    if any(p.device.type == "meta" for p in root.get_submodule(part).parameters()):
+        return "its weights are offloaded one by one and come back contiguous: optimize before offloading"
+    return None
 
 
 def _breakers(root: nn.Module, ledger: Ledger, part: str) -> str | None:
