@@ -67,7 +67,7 @@ class Tiny:
     def decode(self, vae: nn.Module, latent: Tensor) -> Tensor:
         if self.stochastic:
             torch.manual_seed(0)
-        return codec.decode(vae, latent, **self.decode_kwargs())
+        return codec.decode(vae, latent, **{k: v.to(latent) for k, v in self.decode_kwargs().items()})
 
     def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         return codec.encode(vae, pixels)
