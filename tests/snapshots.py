@@ -55,7 +55,7 @@ def assert_identical(model: nn.Module, before: Snapshot) -> None:
 
 
 def _instance(module: nn.Module) -> dict[str, Any]:
-    """Methods on the instance and public options. State that a forward leaves (Wan's caches, KVAE's shapes) is not ours."""
+    """Methods on the instance and public options, without the state that a forward leaves (caches, shapes)."""
     return {
         name: value
         for name, value in vars(module).items()
