@@ -150,7 +150,7 @@ def _now(device: torch.device) -> float:
 def _print_table(clip: Tensor, shown: list[_Showing], console: Console) -> None:
     from rich.table import Table
 
-    shape = "x".join(map(str, clip.shape[2:]))
+    shape = f"{clip.shape[3]}x{clip.shape[4]}x{clip.shape[2]}"
     first = shown[0].proof
     table = Table(title=f"demo VAE, {shape} clip of a held-out photograph, plan {first.platform}, {first.device}")
     table.add_column("dtype")
