@@ -6,6 +6,7 @@ The plans run with all their steps on, and as they ship; each on the CPU, throug
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -167,6 +168,8 @@ def test_latents_of_every_shape_and_layout(tiny):
 @pytest.mark.parametrize("tiny", [t for t in TABLE if t.tiling], ids=lambda tiny: tiny.id)
 @torch.no_grad()
 def test_tiling(tiny):
+    if tiny.id == "kvae":  # a GroupNorm of one channel a group, on a last tile of one latent: rounding times 1e3 a norm
+        tiny = replace(tiny, tile_stride=2)
     vae, fast = (tiny.tile(tiny.build(dtype=torch.float64)) for _ in range(2))
     optimized(fast, LONGEST)
     latent = tiny.latent("ramp").double()

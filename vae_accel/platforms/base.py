@@ -63,13 +63,10 @@ def run(
         ValueError: `root` cannot be optimized (meta tensors, an optimized part inside it).
     """
     options = dict(options)
-    only = options.pop("only", None)
-    only = (only,) if isinstance(only, str) else only
-    for name in set(only or ()) - set(NAMES):
-        raise ValueError(f"only={name!r} is no rewrite; there are: {', '.join(NAMES)}")
+    only = _names(options.pop("only", None))
     settings = env.read(NAMES, **options)
     check(root)
-    request = repr((platform.name, role, steps, sorted(only or ()), settings))
+    request = repr((platform.name, role, steps, only, settings))
     before = ledger_of(root)
     if before is not None and before.request == request:
         return before
@@ -86,6 +83,16 @@ def run(
         replace(root, before)
         raise
     return ledger
+
+
+def _names(only: Any) -> tuple[str, ...] | None:
+    only = (only,) if isinstance(only, str) else only
+    if not isinstance(only, (tuple, list, set, frozenset, type(None))):
+        raise TypeError(f"only must be the name of a rewrite, or several, not {only!r}")
+    for name in only or ():
+        if name not in NAMES:
+            raise ValueError(f"only={name!r} is no rewrite; there are: {', '.join(NAMES)}")
+    return None if only is None else tuple(only)
 
 
 def forced(settings: env.Settings, only: Sequence[str] | None) -> list[str]:
