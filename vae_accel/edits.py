@@ -119,12 +119,11 @@ class Pen:
     def layout(self, path: str, name: str, order: tuple[int, ...]) -> None:
         """Stores a parameter with its dimensions in memory `order` (outermost first). Values and shape stay.
 
-        A layout instead of a second tensor: it cannot go stale, and it costs no memory. Left alone where there is
-        nothing to lay out: an offloaded parameter that sits on the meta device between calls.
+        A layout instead of a second tensor: it cannot go stale, and it costs no memory.
         """
         self._claim(path, name)
-        parameter = getattr(self._root.get_submodule(path), name)
-        if parameter.device.type == "meta":
+        parameter = _stored(self._root.get_submodule(path), name)
+        if parameter is None:
             return
         old = parameter.stride()
         new = _strides(parameter.shape, order)
@@ -234,8 +233,8 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
     """Replaces `present` by `wanted` in a slot."""
     if edit.kind == "layout":
         module = _submodule(root, edit.path)
-        parameter = None if module is None else module._parameters.get(edit.slot)
-        if parameter is not None and parameter.device.type != "meta" and _is_laid_out(parameter, present):
+        parameter = None if module is None else _stored(module, edit.slot)
+        if parameter is not None and _is_laid_out(parameter, present):
             _restride(parameter, wanted)
         return
     place = _locate(root, edit, present)
@@ -249,6 +248,15 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
         holder.pop(key, None)
     else:  # a hook wrapped the module after us: it keeps calling, now the class's own
         holder[key] = _bound(module, edit.slot)
+
+
+def _stored(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor with a parameter's values: while it is on meta, what accelerate's sequential offload keeps, or None."""
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.device.type != "meta":
+        return parameter
+    kept = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
+    return None if kept is None else kept[name]
 
 
 def _strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
