@@ -251,7 +251,7 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
 
 
 def _stored(module: nn.Module, name: str) -> Tensor | None:
-    """The tensor with a parameter's values: while it is on meta, what accelerate's sequential offload keeps, or None."""
+    """A parameter, or while it is on meta what accelerate's sequential offload keeps of it; None if nothing."""
     parameter = module._parameters.get(name)
     if parameter is None or parameter.device.type != "meta":
         return parameter
