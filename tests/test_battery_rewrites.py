@@ -44,8 +44,10 @@ def quick(rewrite: Rewrite) -> list[str]:
     return [id for id in found if CASES[id][1].id not in SLOW] or found
 
 
-each_case = pytest.mark.parametrize("rewrite, subject", CASES.values(), ids=CASES)
 some = {id: CASES[id] for rewrite in all_rewrites().values() for id in spread(quick(rewrite), FEW)}
+# Other options than the defaults, and slow models (test_battery_vaes.py has them all), on some of the models only.
+each = {id: (r, s) for id, (r, s) in CASES.items() if id in some or (r == type(r)() and s.id not in SLOW)}
+each_case = pytest.mark.parametrize("rewrite, subject", each.values(), ids=each)
 some_cases = pytest.mark.parametrize("rewrite, subject", some.values(), ids=some)
 each_rewrite = pytest.mark.parametrize("rewrite", all_rewrites().values(), ids=all_rewrites())
 
@@ -67,11 +69,11 @@ def golden_outputs(subject: Subject, dtype: torch.dtype) -> list[Tensor]:
     return outputs(subject, subject.build(dtype).double(), KINDS)
 
 
-def assert_close(ours: list[Tensor], stock: list[Tensor], relative: float = 1e-9) -> None:
+def assert_close(subject: Subject, ours: list[Tensor], stock: list[Tensor]) -> None:
     assert len(ours) == len(stock)
     for a, b in zip(ours, stock, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=0, atol=relative * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=subject.precision * float(b.abs().max()))
 
 
 def assert_same(ours: list[Tensor], stock: list[Tensor]) -> None:
@@ -119,7 +121,7 @@ def test_life(rewrite, subject):
     assert on.classes == before.classes and list(model.state_dict()) == keys
     ours = outputs(subject, model, KINDS)
     if rewrite.tier is not Tier.LOWERED:
-        assert_close(ours, both)
+        assert_close(subject, ours, both)
     if rewrite.tier is Tier.EXACT:
         assert_same(ours, both)
     ours = ours[: len(stock)]
@@ -128,7 +130,8 @@ def test_life(rewrite, subject):
     assert ledger_of(model) is ledger and snapshot(model).instances == on.instances
     assert type(model).__name__ in repr(model)
 
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    unused = optimized(subject.build(torch.float64), rewrite, subject.role)  # a forward of transformers leaves closures
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(unused))):
         assert methods(other) == methods(model)
         assert {vars(other.get_submodule(p))[s].args[0] for p, s in methods(other)} <= set(other.modules())
         assert_same(outputs(subject, other), ours)
@@ -171,10 +174,10 @@ def test_changed_weights_are_honoured(rewrite, subject):
     for how in ("in place", "data", "new data", "load_state_dict"):
         for model in (stock, ours):
             halve(model, how)
-        assert_close(subject.run(ours, "ramp"), subject.run(stock, "ramp"))
+        assert_close(subject, subject.run(ours, "ramp"), subject.run(stock, "ramp"))
     for model in (stock, ours):
         model.to(torch.float32).to(torch.float64)
-    assert_close(subject.run(ours, "ramp"), subject.run(stock, "ramp"))
+    assert_close(subject, subject.run(ours, "ramp"), subject.run(stock, "ramp"))
 
 
 @some_cases
@@ -223,14 +226,14 @@ def gradients(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
 @some_cases
 def test_training_has_the_gradients_of_stock(rewrite, subject):
     stock, ours = subject.build(torch.float64), optimized(subject.build(torch.float64), rewrite, subject.role)
-    relaid = any(edit.kind == "layout" for edit in ledger_of(ours).edits)
+    # Stock arithmetic on a weight whose memory is in another order; attention that is wrong otherwise, in training too.
+    other_order = rewrite.name == "math_attention" or any(edit.kind == "layout" for edit in ledger_of(ours).edits)
     expected, actual = gradients(subject, stock), gradients(subject, ours)
     assert actual.keys() == expected.keys() and expected
     for name, gradient in expected.items():
-        if relaid:  # stock arithmetic, on a weight whose memory is in another order
-            torch.testing.assert_close(
-                actual[name], gradient, rtol=0, atol=1e-9 * max(1.0, float(gradient.abs().max()))
-            )
+        if other_order:
+            scale = max(1.0, float(gradient.abs().max()))
+            torch.testing.assert_close(actual[name], gradient, rtol=0, atol=subject.precision * scale)
         else:
             assert torch.equal(actual[name], gradient), name
 
@@ -261,12 +264,13 @@ def test_the_tier_holds(rewrite, dtype):
         assert (ratio := statistics.mean(ratios)) <= RATIO[dtype], f"{ratio:.3f}"
 
 
+CORRECTIONS = ("math_attention",)  # right where stock is silently wrong: no timing decides that
 ON = {
     f"{name}-{role}-{step.rewrite.name}": (name, step)
     for name, platform in ALL.items()
     for role in ("vae", "encoder")
     for step in getattr(platform, role)
-    if step.default == "on"
+    if step.default == "on" and step.rewrite.name not in CORRECTIONS
 }
 
 

@@ -26,7 +26,6 @@ from vae_accel.workloads.inputs import Kind
 
 PLATFORMS = {name: everything(cls) for name, cls in ALL.items()}
 SLOW = ("hunyuan-video-1.5", "minimax-h3")  # a mask built by a Python loop; an encoder of 17 frames
-FP64, FP32_INSIDE = 1e-9, 1e-6  # the norms of LTX and DC-AE take their statistics in fp32 whatever the model's dtype
 
 each_tiny = pytest.mark.parametrize("tiny", TABLE, ids=lambda tiny: tiny.id)
 each_platform = pytest.mark.parametrize("platform", PLATFORMS.values(), ids=PLATFORMS)
@@ -63,7 +62,7 @@ def golden(id: str) -> list[Tensor]:
 
 
 def assert_close(tiny: Tiny, ours: list[Tensor], expected: list[Tensor]) -> None:
-    relative = FP32_INSIDE if tiny.id.startswith(("ltx", "dc-ae")) else FP64
+    relative = SUBJECTS[tiny.id].precision
     for a, b in zip(ours, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=relative * float(b.abs().max()))
