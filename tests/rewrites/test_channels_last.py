@@ -158,3 +158,11 @@ def test_a_decoder_alone_and_a_lone_patch_embedding() -> None:
     site = next(iter(ChannelsLast().sites(optimized(decoder, *BEFORE), ledger_of(decoder))))
     assert (site.path, site.refused) == ("", None)
     assert not list(ChannelsLast().sites(nn.Sequential(nn.Conv2d(3, 8, 14, 14)), Ledger()))
+
+
+def test_fp32_is_refused_where_a_platform_says_so():
+    vae = tiny("sd").build()
+    refused = {site.path: site.refused for site in ChannelsLast(fp32=False).sites(vae, Ledger())}
+    assert refused and all("fp32" in reason for reason in refused.values())
+    in_16_bits = [site.refused for site in ChannelsLast(fp32=False).sites(vae.bfloat16(), Ledger())]
+    assert not any("fp32" in (reason or "") for reason in in_16_bits)

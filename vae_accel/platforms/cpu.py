@@ -22,7 +22,7 @@ class Cpu(Platform):
         Step(Conv3dAsConv2d(channels_last=False), "off", "oneDNN's Conv3d is faster (0.5x to 0.96x on six shapes)"),
         Step(PatchEmbedAsLinear(conv2d="16bit"), "on", "results of the encoders"),
         Step(SingleFrameConv(), "on", "results"),
-        Step(ChannelsLast(), "on", "results"),
+        Step(ChannelsLast(fp32=False), "on", "results"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),

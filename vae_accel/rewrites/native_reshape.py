@@ -87,7 +87,8 @@ def reduce_layer(layer: Any, below: Callable[..., Any], protocol: int) -> tuple[
 
 def _hollow(cls: type) -> Any:
     """A layer that takes its state into its `__dict__`, instead of by the `__setstate__` of its class."""
-    layer = cls.__new__(cls)
+    new: Any = cls.__new__
+    layer = new(cls)
     vars(layer)["__setstate__"] = functools.partial(_fill, layer)
     return layer
 
