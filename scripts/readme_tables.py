@@ -28,32 +28,31 @@ def results_table() -> str:
             proofs = {row.direction: row for row in result.proof}
             for speed in result.speed:
                 proof = proofs[speed.direction]
-                compiled = f"{speed.compiled.median_ms:.0f}" if speed.compiled else ""
+                elsewhere = f" at {proof.size}" if proof.size != result.size else ""
                 rows.append(
                     (
-                        f"{result.workload} {result.size}" + (" encode" if speed.direction == "encode" else ""),
-                        result.device.removeprefix("NVIDIA "),
+                        f"{result.workload} {result.size} {speed.direction}",
+                        platform,
                         result.dtype,
-                        f"{speed.stock.median_ms:.0f}",
-                        f"**{speed.ours.median_ms:.0f}**",
+                        _ms(speed.stock),
+                        f"**{_ms(speed.ours)}**",
                         f"{speed.speedup:.2f}x",
-                        compiled,
                         _memory(speed),
-                        f"{proof.ours_psnr:.1f} / {proof.stock_psnr:.1f}",
+                        f"{proof.ours_psnr:.1f} / {proof.stock_psnr:.1f}{elsewhere}",
                     )
                 )
-    columns = (
-        "decode of",
-        "device",
-        "dtype",
-        "stock ms",
-        "ours ms",
-        "",
-        "torch.compile ms",
-        "peak GiB",
-        "dB to golden",
-    )
-    return _table(columns, rows)
+    return _table(("", "platform", "dtype", "stock ms", "ours ms", "", "peak GiB", "dB to golden"), rows)
+
+
+def calls_table() -> str:
+    """What is small beside its model, timed by itself on the card."""
+    rows = [
+        (f"`{call.rewrite}`", f"`{call.what}`", f"{call.stock_us:.1f}", f"**{call.ours_us:.1f}**")
+        for result in results.load(ROOT / "platforms" / "cuda" / "results")
+        for call in result.calls
+        if call.rewrite != "native_reshape" or result.workload == "flux.1"
+    ]
+    return _table(("rewrite", "call", "stock us", "ours us"), rows)
 
 
 def plans_table() -> str:
@@ -68,7 +67,7 @@ def plans_table() -> str:
     return _table(("rewrite", "tier", *plans), rows)
 
 
-TABLES = {"settings": settings_table, "results": results_table, "plans": plans_table}
+TABLES = {"settings": settings_table, "results": results_table, "calls": calls_table, "plans": plans_table}
 
 
 def fill(text: str) -> str:
@@ -79,6 +78,10 @@ def fill(text: str) -> str:
             raise ValueError(f"README.md lacks the markers <!-- {name} --> and <!-- /{name} -->")
         text = block.sub(lambda m, t=table: m[1] + t() + "\n" + m[2], text)
     return text
+
+
+def _ms(timing: results.Timing) -> str:
+    return f"{timing.median_ms:.1f}" if timing.median_ms < 100 else f"{timing.median_ms:.0f}"
 
 
 def _memory(speed: results.Speed) -> str:

@@ -149,7 +149,7 @@ def test_a_half_written_checkpoint(tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(Exception, match=r"safetensors|incomplete|MetadataIncompleteBuffer"):
+    with pytest.raises(ValueError, match="half-written"):
         workloads.get("sdxl").build(model=str(tmp_path / "vae"), dtype=torch.float32, device="cpu")
 
 

@@ -72,9 +72,9 @@ def _has_triton() -> bool:
 
 
 def _interpreting() -> bool:
-    # A process that has not imported Triton cannot have asked for its interpreter.
-    triton = sys.modules.get("triton")
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    # A process that has not imported Triton cannot have asked for its interpreter; before 3.4 there are no knobs.
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    return knobs is not None and bool(knobs.runtime.interpret)
 
 
 def triton_available(x: Tensor) -> bool:

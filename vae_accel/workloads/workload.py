@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import inputs
@@ -183,7 +184,10 @@ class Workload:
             config, folder = cls.load_config(model), {}
         if config.get("_class_name") != self.vae_class:
             raise ValueError(f"{model} holds a {config.get('_class_name')}: {self.name} is a {self.vae_class}")
-        vae, loading = cls.from_pretrained(model, **folder, torch_dtype=dtype, output_loading_info=True)
+        try:
+            vae, loading = cls.from_pretrained(model, **folder, torch_dtype=dtype, output_loading_info=True)
+        except (SafetensorError, OSError) as e:  # diffusers makes an OSError of a file cut short
+            raise ValueError(f"the weights at {model} are missing or half-written; fetch them again: {e}") from e
         if missing := loading["missing_keys"]:
             raise ValueError(f"{model} lacks {len(missing)} weights of {self.vae_class}, {missing[0]} among them")
         return vae
