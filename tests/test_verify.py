@@ -102,6 +102,11 @@ def test_the_tables_print(arguments):
         (["verify", "wan2.1", "--size", "tiny", "--dtype", "int8"], "bf16, fp16, fp32"),
         (["verify", "sd1.5", "--size", "tiny", "--only", "causal_padding"], "takes nothing"),
         (["verify", "sd1.5", "--size", "tiny", "--platform", "tpu"], "cuda, rocm, npu, cpu"),
+        pytest.param(
+            ["verify", "cosmos", "--size", "tiny"],
+            "choose another dtype",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU pools bf16"),
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, told):
