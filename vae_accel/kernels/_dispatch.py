@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP16_MAX = 65504.0
 
 
 class LazyKernel:
@@ -94,20 +95,25 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
 
 
-def empty_in_layout_of(x: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
-    """Uninitialised `shape` (default: that of `x`) in x's dtype and device, in the dense layout nearest to x's."""
-    shape = x.shape if shape is None else shape
+def empty_in_layout_of(
+    x: Tensor, shape: tuple[int, ...] | torch.Size | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uninitialised `shape` (default: that of `x`) on x's device, in the dense layout nearest to x's.
+
+    `dtype` is x's own by default.
+    """
+    shape, dtype = x.shape if shape is None else shape, dtype or x.dtype
     if not is_channels_last(x):
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
+        return torch.empty(shape, dtype=dtype, device=x.device)
     if len(shape) == 3:  # which has no memory format
-        return torch.empty((shape[0], shape[2], shape[1]), dtype=x.dtype, device=x.device).movedim(-1, 1)
+        return torch.empty((shape[0], shape[2], shape[1]), dtype=dtype, device=x.device).movedim(-1, 1)
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     """`result` in the dense layout nearest to x's: itself where it already has those strides."""
-    out = empty_in_layout_of(x, result.shape)
+    out = empty_in_layout_of(x, result.shape, result.dtype)
     return result if result.stride() == out.stride() else out.copy_(result)
 
 
@@ -129,6 +135,11 @@ def flat_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
 def flattenable(x: Tensor, start: int = 2) -> Tensor:
     """`x`, or a copy in its nearest dense layout where dimensions `start:` cannot be walked with one stride."""
     return x if flat_stride(x.shape[start:], x.stride()[start:]) is not None else empty_in_layout_of(x).copy_(x)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` rounded to `dtype`; what is finite stays finite in fp16, whose range ends at 65504."""
+    return values.clamp(-FP16_MAX, FP16_MAX).to(dtype) if dtype == torch.float16 else values.to(dtype)
 
 
 def next_power_of_2(n: int) -> int:

@@ -23,6 +23,7 @@ from ._dispatch import (
     flattenable,
     in_layout_of,
     next_power_of_2,
+    rounded,
     signature,
     triton_available,
 )
@@ -47,8 +48,9 @@ def reference(
     *,
     act: bool,
     per_frame: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The law: GroupNorm and SiLU in fp32 (fp64 for fp64), rounded once to x's dtype."""
+    """The law: GroupNorm and SiLU in fp32 (fp64 for fp64), rounded once to `dtype`, by default x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide)
     if per_frame:
@@ -59,7 +61,7 @@ def reference(
         values = F.silu(values)
     if per_frame:
         values = values.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-    return values.to(x.dtype)
+    return values.to(x.dtype) if dtype is None else rounded(values, dtype)
 
 
 @LazyKernel
@@ -130,7 +132,7 @@ def _combine(partials, statistics, C, S, rows, chunks, eps, BLOCK: tl.constexpr)
 def _normalize(
     x, out, statistics, weight, bias, frames, groups, C, S, rows,
     stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2)
     start = tl.program_id(0) * rows
@@ -156,6 +158,8 @@ def _normalize(
         value = (tl.load(source, mask=inside, other=0).to(tl.float32) - mean) * scale + shift
         if ACT:
             value = value / (1 + tl.exp(-value))
+        if SATURATE:
+            value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s
@@ -219,8 +223,9 @@ def _launch(
     eps: float,
     act: bool,
     per_frame: bool,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    out = empty_in_layout_of(x)
+    out = empty_in_layout_of(x, dtype=dtype)
     if x.numel() == 0:
         return out
     x = flattenable(x, 3 if per_frame else 2)
@@ -230,7 +235,7 @@ def _launch(
         rows = ROWS * NORMALIZE_STEPS
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
-            ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+            ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -243,14 +248,17 @@ def _run(
     eps: float,
     act: bool,
     per_frame: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     if triton_available(x):
-        return _launch(x, num_groups, weight, bias, eps, act, per_frame)
-    return in_layout_of(x, reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame))
+        return _launch(x, num_groups, weight, bias, eps, act, per_frame, dtype)
+    return in_layout_of(x, reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype))
 
 
 _op = torch.library.custom_op("vae_accel::group_norm_act", _run, mutates_args=())
-_op.register_fake(lambda x, *_: empty_in_layout_of(x))
+_op.register_fake(
+    lambda x, num_groups, weight, bias, eps, act, per_frame, dtype=None: empty_in_layout_of(x, dtype=dtype)
+)
 
 
 def group_norm_act(
@@ -262,12 +270,13 @@ def group_norm_act(
     *,
     act: bool,
     per_frame: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GroupNorm over `num_groups` groups of channels, then SiLU if `act`. `x` and the result are `[N, C, *spatial]`.
 
     Statistics run over all of `spatial`, or over each frame of `[N, C, T, H, W]` with `per_frame` (Mochi, Cosmos,
-    Magvit). `weight` and `bias` are `[C]` in any floating dtype, or None. Arithmetic is fp32 with one rounding to x's
-    dtype. The result has x's layout, channels-last or contiguous; anything else becomes the nearer of the two.
+    Magvit). `weight` and `bias` are `[C]` in any floating dtype, or None. Arithmetic is fp32 with one rounding, to
+    `dtype` where one is given (fp16 saturates at its largest value), else to x's own. The result has x's layout, channels-last or contiguous; anything else becomes the nearer of the two.
     Where autograd records, the reference runs.
 
     Raises:
@@ -278,9 +287,9 @@ def group_norm_act(
     if per_frame and x.dim() != 5:
         raise ValueError(f"per_frame needs x as [N, C, T, H, W], got {tuple(x.shape)}")
     if differentiates(x, weight, bias):
-        return reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame)
+        return reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype)
     run = _op if torch.compiler.is_compiling() else _run
-    return run(x, num_groups, weight, bias, eps, act, per_frame)
+    return run(x, num_groups, weight, bias, eps, act, per_frame, dtype)
 
 
 def signatures() -> list[Signature]:
@@ -289,5 +298,5 @@ def signatures() -> list[Signature]:
     return [
         signature(_moments, {"x": "bf16", "partials": "fp32"}, {"ROWS": 16, "COLS": 128}),
         signature(_combine, {"partials": "fp32", "statistics": "fp32"}, {"BLOCK": 2048}),
-        signature(_normalize, affine, {"bias": None, "ACT": True, "ROWS": TILE, "COLS": 1}),
+        signature(_normalize, affine, {"bias": None, "ACT": True, "SATURATE": True, "ROWS": TILE, "COLS": 1}),
     ]

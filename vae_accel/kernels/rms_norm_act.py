@@ -23,6 +23,7 @@ from ._dispatch import (
     in_layout_of,
     is_channels_last,
     next_power_of_2,
+    rounded,
     signature,
     triton_available,
 )
@@ -36,9 +37,16 @@ PIXELS_PER_LINE = 32  # positions of a contiguous tile: 64 bytes of bf16, two DR
 
 
 def reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, act: bool, mode: str = "l2"
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    act: bool,
+    mode: str = "l2",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The law: in fp32 (fp64 for fp64), rounded once to x's dtype."""
+    """The law: in fp32 (fp64 for fp64), rounded once to `dtype`, by default x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide)
     if mode == "l2":
@@ -50,13 +58,14 @@ def reference(
         values = values * weight.to(wide).reshape(per_channel)
     if bias is not None:
         values = values + bias.to(wide).reshape(per_channel)
-    return (F.silu(values) if act else values).to(x.dtype)
+    values = F.silu(values) if act else values
+    return values.to(x.dtype) if dtype is None else rounded(values, dtype)
 
 
 @LazyKernel
 def _rms_norm(
     x, out, weight, bias, eps, C, S, stride_n, stride_c, stride_s, out_n, out_c, out_s,
-    L2: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    L2: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -75,12 +84,16 @@ def _rms_norm(
         value += tl.load(bias + col, mask=col < C, other=0).to(tl.float32)
     if ACT:
         value = value / (1 + tl.exp(-value))
+    if SATURATE:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
     target = out + batch * out_n + row * out_s + col.to(tl.int64) * out_c
     tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str) -> Tensor:
-    out = empty_in_layout_of(x)
+def _launch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str, dtype: torch.dtype | None
+) -> Tensor:
+    out = empty_in_layout_of(x, dtype=dtype)
     if x.numel() == 0:
         return out
     x = flattenable(x)
@@ -93,21 +106,27 @@ def _launch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, a
         _rms_norm[-(-S // ROWS), batch](
             x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x.shape[2:], x.stride()[2:]),
             out.stride(0), out.stride(1), flat_stride(out.shape[2:], out.stride()[2:]),
-            L2=mode == "l2", ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
+            L2=mode == "l2", ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
         )  # fmt: skip
     return out
 
 
 def _run(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: bool,
+    mode: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     if triton_available(x):
-        return _launch(x, weight, bias, eps, act, mode)
-    return in_layout_of(x, reference(x, weight, bias, eps, act=act, mode=mode))
+        return _launch(x, weight, bias, eps, act, mode, dtype)
+    return in_layout_of(x, reference(x, weight, bias, eps, act=act, mode=mode, dtype=dtype))
 
 
 _op = torch.library.custom_op("vae_accel::rms_norm_act", _run, mutates_args=())
-_op.register_fake(lambda x, *_: empty_in_layout_of(x))
+_op.register_fake(lambda x, weight, bias, eps, act, mode, dtype=None: empty_in_layout_of(x, dtype=dtype))
 
 
 def rms_norm_act(
@@ -118,12 +137,14 @@ def rms_norm_act(
     *,
     act: bool,
     mode: str = "l2",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """RMS norm over dimension 1, then SiLU if `act`: `[N, C, *spatial]` in and out, same dtype and layout.
 
     `mode="l2"` is Wan's: `x / max(|x|_2, eps) * sqrt(C) * weight + bias` (stock eps is 1e-12). `mode="mean"` is
     LTX's: `x / sqrt(mean(x²) + eps) * weight + bias`. `weight` and `bias` have C elements in any shape and floating
-    dtype, or are None. Arithmetic is fp32 with one rounding. Where autograd records, the reference runs.
+    dtype, or are None. Arithmetic is fp32 with one rounding, to `dtype` where one is given (fp16 saturates at its
+    largest value). Where autograd records, the reference runs.
 
     Raises:
         ValueError: an unknown `mode`, or a weight or bias without C elements.
@@ -134,13 +155,13 @@ def rms_norm_act(
         if parameter is not None and parameter.numel() != x.shape[1]:
             raise ValueError(f"{name} must have {x.shape[1]} elements, one a channel, got {tuple(parameter.shape)}")
     if differentiates(x, weight, bias):
-        return reference(x, weight, bias, eps, act=act, mode=mode)
+        return reference(x, weight, bias, eps, act=act, mode=mode, dtype=dtype)
     run = _op if torch.compiler.is_compiling() else _run
-    return run(x, weight, bias, eps, act, mode)
+    return run(x, weight, bias, eps, act, mode, dtype)
 
 
 def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests."""
     pointers = {"x": "bf16", "out": "bf16", "weight": "bf16"}
-    shape = {"bias": None, "ACT": True, "ROWS": 32, "COLS": 128}
+    shape = {"bias": None, "ACT": True, "SATURATE": True, "ROWS": 32, "COLS": 128}
     return [signature(_rms_norm, pointers, {**shape, "L2": L2}) for L2 in (True, False)]
