@@ -25,18 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_accel.families.match import estranged, known_as
+from vae_accel.families.row import Hand
 from vae_accel.rewrite import runs_stock
-
-
-@dataclass(frozen=True)
-class Hand:
-    """A method that hands the small picture on: `function(module, below, *facts, *call_args)` for the module at `path`
-    (from the upsampler)."""
-
-    path: str
-    slot: str
-    function: Callable[..., Any]
-    facts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def conv(
     before: int = 0,
     history: Tensor | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
@@ -58,5 +59,7 @@ def conv(
         before: frames in front of a clip, T' = T + before - (kt - 1).
         history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
         residual: like the result; added in fp32 before the one rounding.
+        out: where to write it, e.g. every other frame of a longer clip; returned.
     """
-    return reference(x, weight, bias, padding=padding, before=before, history=history, residual=residual)
+    y = reference(x, weight, bias, padding=padding, before=before, history=history, residual=residual)
+    return y if out is None else out.copy_(y)

@@ -276,8 +276,9 @@ def group_norm_act(
 
     Statistics run over all of `spatial`, or over each frame of `[N, C, T, H, W]` with `per_frame` (Mochi, Cosmos,
     Magvit). `weight` and `bias` are `[C]` in any floating dtype, or None. Arithmetic is fp32 with one rounding, to
-    `dtype` where one is given (fp16 saturates at its largest value), else to x's own. The result has x's layout, channels-last or contiguous; anything else becomes the nearer of the two.
-    Where autograd records, the reference runs.
+    `dtype` where one is given (fp16 saturates at its largest value), else to x's own. The result has x's layout,
+    channels-last or contiguous; anything else becomes the nearer of the two. Where autograd records,
+    the reference runs.
 
     Raises:
         ValueError: `num_groups` does not divide the channels, or `per_frame` without frames.

@@ -106,7 +106,8 @@ def _launch(
         _rms_norm[-(-S // ROWS), batch](
             x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x.shape[2:], x.stride()[2:]),
             out.stride(0), out.stride(1), flat_stride(out.shape[2:], out.stride()[2:]),
-            L2=mode == "l2", ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
+            L2=mode == "l2", ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS,
+            num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
         )  # fmt: skip
     return out
 

@@ -6,6 +6,7 @@ from vae_accel.rewrites.causal_padding import CausalPadding
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
+from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -23,6 +24,7 @@ class Cuda(Platform):
         Step(PatchEmbedAsLinear(), "on", "results"),
         Step(SingleFrameConv(), "on", "results"),
         Step(ChannelsLast(), "on", "results"),
+        Step(FusedBlocks(), "off", "not measured yet"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),

@@ -10,5 +10,6 @@ NAMES = (
     "conv3d_as_conv2d",
     "single_frame_conv",
     "channels_last",
+    "fused_blocks",
     "math_attention",
 )

@@ -1,0 +1,58 @@
+"""Whole blocks on our own convolution: norm and SiLU once, then a convolution that pads, adds bias and residual itself.
+
+What a block is, and its forward, is the family's (`families/wan.py`, `families/kl.py`). A call that cannot run ours (a
+gradient, autocast, training) goes to the forward that was there before, with the other rewrites in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
+from vae_accel.families.blocks import block_of
+from vae_accel.families.row import Block
+from vae_accel.rewrite import Rewrite, Site, Tier
+
+
+@dataclass(frozen=True)
+class FusedBlocks(Rewrite):
+    """Sites are blocks; `facts`: the family's row."""
+
+    name = "fused_blocks"
+    tier = Tier.ROUNDING
+    over = ("causal_padding", "single_frame_conv", "folded_upsample", "conv3d_as_conv2d", "fused_norm_act")
+
+    def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
+        for path, module in root.named_modules():
+            block = block_of(module)
+            if isinstance(block, str):
+                yield Site(path, block)
+            elif block is not None:
+                yield Site(path, _refusal(root, ledger, path, block), {"block": block})
+
+    def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
+        block: Block = site.facts["block"]
+        for hand in block.hands:
+            pen.method(_join(site.path, hand.path), hand.slot, hand.function, *hand.facts)
+
+
+def _refusal(root: nn.Module, ledger: Ledger, path: str, block: Block) -> str | None:
+    for norm in block.norms:
+        if ledger.owner(_join(path, norm), "forward") != "fused_norm_act":
+            return f"{norm} is not taken by fused_norm_act"
+    for hand in block.hands:
+        full = _join(path, hand.path)
+        module = root.get_submodule(full)
+        reason = obstacle(root, ledger, full, hand.slot, FusedBlocks.over)
+        if reason is None and isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            reason = unusable_weight(module)
+        if reason is not None:
+            return f"{hand.path or 'the block'}: {reason}"
+    return None
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)
