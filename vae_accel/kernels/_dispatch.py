@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,33 +22,44 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP16_MAX = 65504.0
 
 
-class LazyKernel:
-    """A Triton kernel not yet bound: the first `kernel[grid](...)` imports Triton as `tl` and compiles."""
+class LazyFunction:
+    """A function of Triton kernels not yet bound: the first kernel that names it binds it."""
 
-    bound: ClassVar[list[LazyKernel]] = []
+    bound: ClassVar[list[LazyFunction]] = []
 
-    def __init__(self, fn: Callable[..., None]) -> None:
+    def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
         self._form: Any = None
         self.__name__ = fn.__name__
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return (self._form or self.bind())[grid]
-
     def bind(self) -> Any:
-        """The `triton.jit` form of the kernel: compiled, or interpreted where Triton's knob says so."""
+        """The `triton.jit` form: compiled, or interpreted where Triton's knob says so."""
         triton = importlib.import_module("triton")
-        self.fn.__globals__["tl"] = importlib.import_module("triton.language")
-        self._form = triton.jit(self.fn)
-        LazyKernel.bound.append(self)
+        scope = self.fn.__globals__
+        scope["tl"] = importlib.import_module("triton.language")
+        named = {name: scope[name] for name in self.fn.__code__.co_names if isinstance(scope.get(name), LazyFunction)}
+        fn = self.fn
+        if named:  # Triton looks names up in the function's globals: give it some in which they are bound
+            scope = {**scope, **{name: function.bind() for name, function in named.items()}}
+            fn = functools.update_wrapper(types.FunctionType(fn.__code__, scope, fn.__name__), fn)
+            del fn.__wrapped__  # type: ignore[attr-defined]
+        self._form = triton.jit(fn)
+        LazyFunction.bound.append(self)
         return self._form
 
     @classmethod
     def unbind_all(cls) -> None:
         """Forget every bound form. Needed when Triton's `interpret` knob is turned, which is read when binding."""
-        for kernel in cls.bound:
-            kernel._form = None
+        for function in cls.bound:
+            function._form = None
         cls.bound.clear()
+
+
+class LazyKernel(LazyFunction):
+    """A Triton kernel not yet bound: the first `kernel[grid](...)` imports Triton as `tl` and compiles."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return (self._form or self.bind())[grid]
 
 
 class Signature(NamedTuple):
@@ -59,11 +71,13 @@ class Signature(NamedTuple):
 
 
 def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str, Any]) -> Signature:
-    """Pointers and constexprs as named; `eps` is a float and every other argument a 32-bit integer."""
+    """Pointers (by dtype), tensor descriptors and constexprs as named; `eps` is a float, any other a 32-bit integer."""
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
         rest = "fp32" if name == "eps" else "i32"
-        types[name] = "constexpr" if name in constexprs else f"*{pointers[name]}" if name in pointers else rest
+        given = pointers.get(name, "")
+        pointer = given if given.startswith("tensordesc") else f"*{given}"
+        types[name] = "constexpr" if name in constexprs else pointer if given else rest
     return Signature(kernel, types, constexprs)
 
 

@@ -1,19 +1,43 @@
 """Convolution as an implicit GEMM: `[N, C, H, W]` or `[N, C, T, H, W]`, stride 1, one group.
 
 What stock does around the vendor's convolution happens inside this one: frames in front of the clip come from a cache
-tensor or are zeros (no cat, no pad), zeros around a frame are reads outside of it, bias and residual are added in fp32
-before the only rounding.
+tensor or are zeros (no cat, no pad), bias and residual are added in fp32 before the only rounding. Activations are
+bordered clips (`kernels/bordered.py`): a tap is a shift of rows of the matrix `[pixels, C]`, and the taps of a row are
+one run of `kw * C` numbers, read through a tensor descriptor whose rows overlap. So the inner loop is that of a plain
+matrix product, both operands by the copy engine. A descriptor with height and width in it would need a reshape of the
+first operand, for which Triton 3.6 goes through registers (445 instead of 750 TFLOP/s at best).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import bordered
+from ._dispatch import LazyFunction, LazyKernel, Signature, differentiates, signature, triton_available
+
 tl: Any = None  # triton.language, bound at the first launch
+
+
+TURN = [0, 0]
+
+
+class Tile(NamedTuple):
+    """What one program computes: `rows` pixels of one frame by `cols` + `more` channels, `depth` of the sum at a time.
+
+    192 channels are 128 + 64: two products that share the pixels. Powers of two alone would waste a quarter.
+    """
+
+    rows: int
+    cols: int
+    more: int
+    depth: int
+    stages: int
+    warps: int
 
 
 def reference(
@@ -25,19 +49,211 @@ def reference(
     before: int = 0,
     history: Tensor | None = None,
     residual: Tensor | None = None,
+    split: int = 1,
 ) -> Tensor:
     """The law: the vendor's convolution of the padded clip, and the residual added in fp32."""
     dtype = weight.dtype
     if x.dim() == 5:
         if history is not None:
-            x, before = torch.cat([history, x], 2), before - history.shape[2]
+            x, before = torch.cat([history.to(x.dtype), x], 2), before - history.shape[2]
         x = F.pad(x, (0, 0, 0, 0, before, 0))
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
     y = convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), 1, (0,) * (x.dim() - 4) + padding)
+    if split > 1:
+        y = y.unflatten(1, (split, -1)).transpose(1, 2).transpose(2, 3).flatten(2, 3)
     if residual is not None:
         wide = torch.promote_types(dtype, torch.float32)
         y = y.to(wide) + residual.to(wide)
     return y.to(dtype)
+
+
+@LazyFunction
+def _finish(out, acc, frame, o0, n0, ROW, H, W, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Stores a tile of a bordered clip. Pixels that are border are zeros."""
+    row = o0 + tl.arange(0, ROWS)
+    inside = (row < H * ROW) & (row % ROW < W)
+    acc = tl.where(inside[:, None], acc, 0.0)
+    out.store([frame, o0, n0], acc.to(out.dtype).reshape(1, ROWS, COLS))
+
+
+@LazyFunction
+def _begin(bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What a tile's sum starts from: bias and residual, or zeros. `n0` is the first output channel, `c0` that in `out`."""
+    acc = tl.full([ROWS, COLS], 0, tl.float32)
+    if bias is not None:
+        col = n0 + tl.arange(0, COLS)
+        acc += tl.load(bias + col, mask=col < O, other=0).to(tl.float32)[None, :]
+    if residual is not None:
+        acc += residual.load([frame, o0, c0]).reshape(ROWS, COLS).to(tl.float32)
+    return acc
+
+
+@LazyKernel
+def _conv(
+    x, history, w, w2, bias, residual, residual2, out, out2, frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
+    TURN_T: tl.constexpr, TURN_H: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    pid = tl.program_id(0)
+    n0 = (pid % tiles_n) * (COLS + MORE)  # neighbours share pixels: first those of a tile, then those of its frames
+    f = pid // tiles_n % frames
+    o0 = pid // (tiles_n * frames) * ROWS
+    n = f // T
+    t = f % T
+    split = O // channels
+    frame = f * split + n0 // channels
+    c0 = n0 % channels
+    acc = _begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+    if MORE:
+        acc2 = _begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
+    PER: tl.constexpr = KH * KB
+    here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
+    if history is not None:
+        past = (n * K + K + t - BEFORE) * FRAME + o0 + first
+        for i in tl.range(tl.maximum(here - K, 0) * PER, here * PER, num_stages=STAGES):
+            k = i % KB * DEPTH
+            pixel = past + i // PER * FRAME + i // KB % KH * ROW
+            a = history.load([pixel, k])
+            acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
+            if MORE:
+                acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
+    now = (f - BEFORE) * FRAME + o0 + first
+    turn_t = tl.where(here == 0, KT - t % KT, 0) if TURN_T else 0
+    turn_h = KH - o0 // ROW % KH if TURN_H else 0
+    for i in tl.range(here * PER, KT * PER, num_stages=STAGES):
+        kb = i % KB
+        kh = i // KB % KH
+        kt = i // PER
+        if TURN_T:
+            kt = (kt + turn_t) % KT
+        if TURN_H:
+            kh = (kh + turn_h) % KH
+        a = x.load([now + kt * FRAME + kh * ROW, kb * DEPTH])
+        tap = ((kt * KH + kh) * KB + kb) * DEPTH
+        acc = tl.dot(a, w.load([n0, tap]).T, acc)
+        if MORE:
+            acc2 = tl.dot(a, w2.load([n0 + COLS, tap]).T, acc2)
+    _finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    if MORE:
+        _finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: int,
+    history: Tensor | None,
+    residual: Tensor | None,
+    split: int,
+    *,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    n, channels_in, *spatial = x.shape
+    time = spatial[0] if len(spatial) == 3 else 1
+    channels_out, kt, kh, kw = weight.shape[0], *((1,) * (4 - weight.dim() + 1) + tuple(weight.shape[2:]))
+    frames_out = (time + before - kt + 1) * split
+    shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
+    x = bordered.bordered(x)
+    out = bordered.empty(shape, out_dtype or weight.dtype, x.device)
+    place = bordered.geometry(x)
+    tile = tile or tile_of(channels_in, channels_out // split, kt * kh * kw)
+    if history is not None:
+        history = bordered.bordered(history, x.dtype)
+    if residual is not None:
+        residual = bordered.bordered(residual)
+    matrix = weight_matrix(weight, x.dtype, tile.depth)
+    outs = [_frames_of(out, tile, cols) for cols in (tile.cols, tile.more)]
+    residuals = [_frames_of(residual, tile, cols) for cols in (tile.cols, tile.more)]
+    tiles_n = -(-channels_out // (tile.cols + tile.more))
+    frames = n * (frames_out // split)
+    grid = tiles_n * frames * -(-place.frame // tile.rows)
+    with torch.cuda.device_of(x):
+        _conv[(grid,)](
+            _rows_of(x, kw, tile), None if history is None else _rows_of(history, kw, tile),
+            _block_of(matrix, tile.cols, tile), _block_of(matrix, tile.more, tile) if tile.more else None,
+            bias, *residuals, *outs, frames, frames // n, 0 if history is None else history.shape[2],
+            place.height, place.width, place.row, place.frame, channels_out, 0 if kh == 3 else place.first,
+            channels_out // split, tiles_n,
+            TURN_T=TURN[0] and kt == 3 and before == 2, TURN_H=TURN[1] and kh == 3, BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), ROWS=tile.rows, COLS=tile.cols,
+            MORE=tile.more, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    return out
+
+
+def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
+    """The tile for a convolution: best of those measured on an H100 and an H200 (platforms/cuda/README.md)."""
+    run = channels_in * (3 if taps % 9 == 0 else 1)
+    depth = 32 if run % 64 and run > 64 else 64
+    if channels_out % 192 == 0 and channels_out % 128:
+        return Tile(256, 128, 64, 64, 3, 8)
+    if channels_out % 256 == 0:
+        return Tile(128, 256, 0, 64, 4, 8)
+    cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
+    return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
+
+
+def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
+    """[O, taps * padded run]: the taps of a row as one run of kw * I numbers, zeros up to a multiple of `depth`.
+
+    A view where the weight lies channels-last, needs no zeros and has the dtype.
+    """
+    taps = weight.movedim(1, -1).flatten(1, -3).flatten(2)
+    short = -taps.shape[2] % depth
+    if short:
+        taps = F.pad(taps, (0, short))
+    return taps.flatten(1).to(dtype)
+
+
+def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    return _descriptor_class()(base, shape, strides, block)
+
+
+@functools.cache
+def _descriptor_class() -> Any:
+    import importlib
+
+    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+
+
+def _rows_of(x: Tensor, kw: int, tile: Tile) -> Any:
+    """Every pixel and the `kw - 1` behind it as one row; the last pixels of the tail start no row."""
+    pixels = bordered.pixels_of(x)
+    count, channels = pixels.shape
+    return _descriptor(pixels, [count - 2, kw * channels], [channels, 1], [tile.rows, tile.depth])
+
+
+def _block_of(matrix: Tensor, cols: int, tile: Tile) -> Any:
+    return _descriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [cols, tile.depth])
+
+
+def _frames_of(x: Tensor | None, tile: Tile, cols: int) -> Any:
+    """The frames from their first picture pixel on, so that a tile that is cut off at a frame's end touches no other."""
+    if x is None or not cols:
+        return None
+    place, channels = bordered.geometry(x), x.shape[1]
+    pixels = bordered.pixels_of(x)[place.first :]
+    shape, strides = [place.frames, place.frame, channels], [place.frame * channels, channels, 1]
+    return _descriptor(pixels, shape, strides, [1, tile.rows, cols])
+
+
+def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
+    """Why the vendor's convolution runs instead of ours, or None."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"{x.dtype} is no 16-bit type"
+    if not triton_available(x):
+        return "there is no Triton"
+    if not x.is_cuda and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bf16 as integers"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+        return "it is measured on compute capability 9.0 alone"
+    if x.shape[1] % 8 or weight.shape[0] % 8:
+        return "the copy engine moves multiples of 16 bytes"
+    if (tuple(weight.shape[-2:]), tuple(padding)) not in (((3, 3), (1, 1)), ((1, 1), (0, 0))):
+        return f"a kernel of {tuple(weight.shape[2:])} with a padding of {tuple(padding)} has no form here"
+    return None
 
 
 def conv(
@@ -49,17 +265,22 @@ def conv(
     before: int = 0,
     history: Tensor | None = None,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
+    split: int = 1,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
     Args:
-        x: activations, channels-last; fp16 beside a bf16 weight is allowed, and is computed in fp16 operands.
+        x: activations; fp16 beside a bf16 weight is allowed, and is computed with fp16 operands.
         padding: zeros around each frame, (height, width).
         before: frames in front of a clip, T' = T + before - (kt - 1).
         history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
         residual: like the result; added in fp32 before the one rounding.
-        out: where to write it, e.g. every other frame of a longer clip; returned.
+        split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
+
+    The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
-    y = reference(x, weight, bias, padding=padding, before=before, history=history, residual=residual)
-    return y if out is None else out.copy_(y)
+    if differentiates(x, weight, bias, residual) or unsupported(x, weight, padding) is not None:
+        return reference(
+            x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
+        )
+    return _launch(x, weight, bias, before, history, residual, split)

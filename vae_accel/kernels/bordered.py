@@ -1,0 +1,121 @@
+"""Clips with a border of zeros: the layout in which a convolution finds every tap at a fixed distance.
+
+Channels-last, and before every frame one row of zeros, before every row one pixel of zeros. What follows a row or a
+frame is the next one's border, so one pixel is enough on either side of it, and a 3x3 tap of any pixel, also at the
+border of the picture, lies `kh * (W + 1) + kw` pixels further in memory. A convolution then is a matrix product over
+shifted rows of one matrix `[pixels, C]`, which the copy engine loads without looking at height and width (an image of
+480 x 832 grows by 0.3 %), and the three taps of a row are one run of 3 C numbers.
+
+To everything else a bordered clip is a strided tensor `[N, C, T, H, W]` or `[N, C, H, W]`. That its border holds zeros
+is known by a mark on the tensor object, which no view and no result of another operation inherits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MARK = "_vae_accel_bordered"
+
+
+class Geometry(NamedTuple):
+    """How a bordered clip lies in memory, in pixels: `frames` of `frame` pixels in rows of `row`, and a tail of zeros.
+
+    The first pixel of a frame's picture is `row + 1` pixels behind the frame's start.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def row(self) -> int:
+        return self.width + 1
+
+    @property
+    def frame(self) -> int:
+        return (self.height + 1) * self.row
+
+    @property
+    def pixels(self) -> int:
+        """Of the whole allocation: the frames, and behind the last one a row and two pixels of zeros."""
+        return self.frames * self.frame + self.row + 2
+
+    @property
+    def first(self) -> int:
+        return self.row + 1
+
+
+def geometry(x: Tensor) -> Geometry:
+    """Of `[N, C, T, H, W]` or `[N, C, H, W]`, bordered or to be; the samples of a batch are frames after each other."""
+    return Geometry(x.shape[0] * (x.shape[2] if x.dim() == 5 else 1), *x.shape[-2:])
+
+
+def is_bordered(x: Tensor) -> bool:
+    """Whether `x` was made here and its border still holds zeros."""
+    return getattr(x, _MARK, False)
+
+
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A bordered clip whose border before the first picture is zero; all else is for the caller to write."""
+    frames = shape[0] * (shape[2] if len(shape) == 5 else 1)
+    place = Geometry(frames, *shape[-2:])
+    pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
+    pixels[: place.first].zero_()
+    return view(pixels, shape)
+
+
+def view(pixels: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The clip of that shape whose bordered memory is `pixels` `[pixels, C]`; the caller answers for the zeros."""
+    channels, place = shape[1], Geometry(shape[0] * (shape[2] if len(shape) == 5 else 1), *shape[-2:])
+    frame, row = place.frame * channels, place.row * channels
+    strides = (frame, 1, row, channels)
+    if len(shape) == 5:
+        strides = (shape[2] * frame, 1, frame, row, channels)
+    x = pixels.as_strided(tuple(shape), strides, pixels.storage_offset() + place.first * channels)
+    setattr(x, _MARK, True)
+    return x
+
+
+def pixels_of(x: Tensor) -> Tensor:
+    """The whole memory `[pixels, C]` of a bordered clip."""
+    place, channels = geometry(x), x.shape[1]
+    return x.as_strided((place.pixels, channels), (channels, 1), x.storage_offset() - place.first * channels)
+
+
+def bordered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x` as a bordered clip of `dtype` (default: its own); itself where it is one."""
+    dtype = dtype or x.dtype
+    if is_bordered(x) and x.dtype == dtype:
+        return x
+    place = geometry(x)
+    pixels = torch.empty((place.pixels, x.shape[1]), dtype=dtype, device=x.device)
+    clear_border(pixels, place)
+    out = view(pixels, x.shape)
+    out.copy_(x)
+    return out
+
+
+def clear_border(pixels: Tensor, place: Geometry) -> None:
+    """Zeros into all of the border of `[pixels, C]`."""
+    frames = pixels[: place.frames * place.frame].view(place.frames, place.height + 1, place.row, -1)
+    frames[:, 0].zero_()
+    frames[:, 1:, 0].zero_()
+    pixels[place.frames * place.frame :].zero_()
+
+
+def last_frames(x: Tensor, count: int) -> Tensor:
+    """A bordered copy of the last `count` frames of a bordered `[N, C, T, H, W]`."""
+    n, c, t, h, w = x.shape
+    shape, place = (n, c, count, h, w), geometry(x)
+    pixels = torch.empty((Geometry(n * count, h, w).pixels, c), dtype=x.dtype, device=x.device)
+    source = pixels_of(x)
+    if n == 1:
+        pixels.copy_(source[(t - count) * place.frame :])
+        return view(pixels, shape)
+    body = n * count * place.frame
+    pixels[:body].view(n, count, -1).copy_(source[: n * t * place.frame].view(n, t, -1)[:, t - count :])
+    pixels[body:].zero_()
+    return view(pixels, shape)

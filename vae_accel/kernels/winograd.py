@@ -1,0 +1,240 @@
+"""Winograd's F(2, 3) along time: two frames of a 3x3x3 convolution for four 3x3 convolutions instead of six.
+
+Of frames d0 to d3, two of them in front of the pair, v = (d0 - d2, d1 + d2, d2 - d1, d1 - d3) is convolved by
+g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2 and g2 to m0 to m3; the pair is m0 + m1 + m2 and m1 - m2 - m3 (Lavin and
+Gray, 2016). The sums of the second transform are formed in the accumulators: m1 and m2 first, then their sum and
+difference, to which m0 and -m3 are added. The first transform is written by the RMS norm and SiLU before the
+convolution. Operands are fp16 on both sides, so that the whole convolution is as close to fp32 as its bf16 result can
+be (relative RMS 1.67e-3, where the vendor's bf16 convolution is at 2.2e-3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import bordered
+from ._dispatch import FP16_MAX, LazyFunction, LazyKernel, next_power_of_2, triton_available
+from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, unsupported
+from .rms_norm_act import reference as rms_norm_reference
+
+tl: Any = None  # triton.language, bound at the first launch
+
+TILE = 4096  # elements of a frame a program of the norm holds
+KEPT = 2
+
+
+def reference(x: Tensor) -> Tensor:
+    """The first transform of `[N, C, 2 + T, H, W]` with T even: `[N, C, 2 T, H, W]`, four frames a pair."""
+    d = [x[:, :, i : x.shape[2] - 2 + i : 2] for i in range(2)] + [x[:, :, i::2] for i in (2, 3)]
+    v = torch.stack((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]), 3)
+    return v.flatten(2, 3)
+
+
+@LazyFunction
+def _normed(pointer, gamma, bias, inside, eps, C, ROWS: tl.constexpr, COLS: tl.constexpr, ACT: tl.constexpr):
+    """RMS norm and SiLU of one tile, rounded to fp16 as the frame is kept, in fp32."""
+    value = tl.load(pointer, mask=inside, other=0).to(tl.float32)
+    square = tl.sum(value * value, axis=1, keep_dims=True)
+    value = value * (tl.sqrt(1.0 * C) / tl.maximum(tl.sqrt(square), eps)) * gamma + bias
+    if ACT:
+        value = value / (1 + tl.exp(-value))
+    return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+
+
+@LazyKernel
+def _norm_pairs(
+    x, history, out, kept, weight, eps, C, T, FRAME,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` pixels of all frames of one sample: normed, transformed pair by pair, the last two kept."""
+    n = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    inside = (row < FRAME) & (col < C)
+    frame = FRAME.to(tl.int64) * C
+    place = row.to(tl.int64) * C + col
+    gamma = tl.load(weight + col, mask=col < C, other=0).to(tl.float32)
+    if history is not None:
+        d0 = tl.load(history + n * 2 * frame + place, mask=inside, other=0).to(tl.float32)
+        d1 = tl.load(history + (n * 2 + 1) * frame + place, mask=inside, other=0).to(tl.float32)
+    else:
+        d0 = tl.full([ROWS, COLS], 0, tl.float32)
+        d1 = tl.full([ROWS, COLS], 0, tl.float32)
+    source = x + n * T * frame + place
+    target = out + n * T * 2 * frame + place
+    for _ in range(0, T, 2):
+        d2 = _normed(source, gamma, 0.0, inside, eps, C, ROWS, COLS, ACT)
+        d3 = _normed(source + frame, gamma, 0.0, inside, eps, C, ROWS, COLS, ACT)
+        tl.store(target, (d0 - d2).to(tl.float16), mask=inside)
+        tl.store(target + frame, (d1 + d2).to(tl.float16), mask=inside)
+        tl.store(target + 2 * frame, (d2 - d1).to(tl.float16), mask=inside)
+        tl.store(target + 3 * frame, (d1 - d3).to(tl.float16), mask=inside)
+        d0 = d2
+        d1 = d3
+        source += 2 * frame
+        target += 4 * frame
+    tl.store(kept + n * 2 * frame + place, d0.to(tl.float16), mask=inside)
+    tl.store(kept + (n * 2 + 1) * frame + place, d1.to(tl.float16), mask=inside)
+
+
+@LazyKernel
+def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, BLOCK: tl.constexpr):
+    """[O, 3, taps, run] to fp16 [O, 4, taps, padded run], the order in which the convolution walks, from fp32 sums."""
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = item % padded
+    tap = item // padded % taps
+    o = item // padded // taps
+    inside = item < total
+    source = weight + o * stride_o + tap * run + k
+    real = inside & (k < run)
+    g0 = tl.load(source, mask=real, other=0).to(tl.float32)
+    g1 = tl.load(source + stride_t, mask=real, other=0).to(tl.float32)
+    g2 = tl.load(source + 2 * stride_t, mask=real, other=0).to(tl.float32)
+    target = out + (o * 4 * taps + tap) * padded + k
+    tl.store(target, ((g0 + g2 + g1) * 0.5).to(tl.float16), mask=inside)
+    tl.store(target + taps * padded, ((g0 + g2 - g1) * 0.5).to(tl.float16), mask=inside)
+    tl.store(target + 2 * taps * padded, g0.to(tl.float16), mask=inside)
+    tl.store(target + 3 * taps * padded, (-g2).to(tl.float16), mask=inside)
+
+
+@LazyKernel
+def _conv_pairs(
+    x, w, w2, bias, residual, residual2, out, out2, pairs, H, W, ROW, FRAME, O, tiles_n,
+    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x`: overlapping rows [pixels, 3 C] of four frames a pair. `w`: [O, 4 * 3 * KB DEPTH]."""
+    PER: tl.constexpr = 3 * KB
+    pid = tl.program_id(0)
+    n0 = (pid % tiles_n) * (COLS + MORE)
+    pair = pid // tiles_n % pairs
+    o0 = pid // (tiles_n * pairs) * ROWS
+    first = 4 * pair * FRAME + o0
+    p = tl.full([ROWS, COLS], 0, tl.float32)
+    q = tl.full([ROWS, COLS], 0, tl.float32)
+    if MORE:
+        p2 = tl.full([ROWS, MORE], 0, tl.float32)
+        q2 = tl.full([ROWS, MORE], 0, tl.float32)
+    for i in tl.range(0, PER, num_stages=STAGES):
+        pixel = first + i // KB * ROW
+        a = x.load([pixel + FRAME, i % KB * DEPTH])
+        b = x.load([pixel + 2 * FRAME, i % KB * DEPTH])
+        p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
+        q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
+        if MORE:
+            p2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, p2)
+            q2 = tl.dot(b, w2.load([n0 + COLS, (i + PER) * DEPTH]).T, q2)
+    total = p + q
+    q = p - q + _begin(bias, residual, 2 * pair + 1, o0, n0, n0, O, ROWS, COLS)
+    p = total + _begin(bias, residual, 2 * pair, o0, n0, n0, O, ROWS, COLS)
+    if MORE:
+        total2 = p2 + q2
+        q2 = p2 - q2 + _begin(bias, residual2, 2 * pair + 1, o0, n0 + COLS, n0 + COLS, O, ROWS, MORE)
+        p2 = total2 + _begin(bias, residual2, 2 * pair, o0, n0 + COLS, n0 + COLS, O, ROWS, MORE)
+    for i in tl.range(2 * PER, 3 * PER, num_stages=STAGES):
+        pixel = first + (i // KB - 6) * ROW
+        a = x.load([pixel, i % KB * DEPTH])
+        b = x.load([pixel + 3 * FRAME, i % KB * DEPTH])
+        p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
+        q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
+        if MORE:
+            p2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, p2)
+            q2 = tl.dot(b, w2.load([n0 + COLS, (i + PER) * DEPTH]).T, q2)
+    _finish(out, p, 2 * pair, o0, n0, ROW, H, W, ROWS, COLS)
+    _finish(out, q, 2 * pair + 1, o0, n0, ROW, H, W, ROWS, COLS)
+    if MORE:
+        _finish(out2, p2, 2 * pair, o0, n0 + COLS, ROW, H, W, ROWS, MORE)
+        _finish(out2, q2, 2 * pair + 1, o0, n0 + COLS, ROW, H, W, ROWS, MORE)
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution of `[N, C, T, H, W]` by `weight` is worth transforming: by what was measured (`tile_of`)."""
+    if weight.dim() != 5 or tuple(weight.shape[2:]) != (3, 3, 3) or x.shape[2] % 2 or weight.dtype != torch.bfloat16:
+        return False
+    half = x[:, :, :0].to(torch.float16)
+    return tile_of(*weight.shape[:2]) is not None and unsupported(half, weight, (1, 1)) is None
+
+
+def tile_of(channels_out: int, channels_in: int) -> Tile | None:
+    """The tile, or None where the direct form is faster: below 192 channels the input is too large beside the work."""
+    if channels_out % 128 == 0 and channels_in >= 192:
+        return Tile(128, 128, 0, 64, 3, 8)
+    if channels_out % 192 == 0 and channels_in >= 192:
+        return Tile(128, 128, 64, 32, 5, 8)
+    return None
+
+
+def rms_norm_pairs(
+    x: Tensor, weight: Tensor, eps: float, history: Tensor | None, *, act: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Wan's RMS norm of `[N, C, T, H, W]` (T even), SiLU if `act`, and the first transform, in fp16.
+
+    Returns the transformed clip `[N, C, 2 T, H, W]` and the last two frames before the transform, which are `history`
+    of the next call; both bordered. None stands for two frames of zeros.
+    """
+    n, c, t, h, w = x.shape
+    if not triton_available(x):
+        frames = rms_norm_reference(x, weight, None, eps, act=act, dtype=torch.float16)
+        before = frames.new_zeros((n, c, KEPT, h, w)) if history is None else history.to(torch.float16)
+        frames = torch.cat((before, frames), 2).float()
+        return reference(frames).to(torch.float16), frames[:, :, -KEPT:].to(torch.float16)
+    x = bordered.bordered(x)
+    history = None if history is None else bordered.pixels_of(bordered.bordered(history, torch.float16))
+    out = bordered.empty((n, c, 2 * t, h, w), torch.float16, x.device)
+    kept = bordered.empty((n, c, KEPT, h, w), torch.float16, x.device)
+    frame = bordered.geometry(x).frame
+    for clip in (out, kept):
+        bordered.pixels_of(clip)[bordered.geometry(clip).frames * frame :].zero_()
+    cols = next_power_of_2(c)
+    rows = max(TILE // cols, 1)
+    with torch.cuda.device_of(x):
+        _norm_pairs[-(-frame // rows), n](
+            bordered.pixels_of(x), history, bordered.pixels_of(out), bordered.pixels_of(kept), weight, eps, c, t, frame,
+            ACT=act, ROWS=rows, COLS=cols, num_warps=4,
+        )  # fmt: skip
+    return out, kept
+
+
+def transformed_taps(weight: Tensor, depth: int) -> Tensor:
+    """fp16 `[O, 4 * 3 * padded run]` of `[O, I, 3, 3, 3]`, as `_conv_pairs` reads it."""
+    taps = weight.movedim(1, -1).flatten(3)
+    taps = taps if taps.stride()[2:] == (taps.shape[3], 1) else taps.contiguous()
+    o, _, kh, run = taps.shape
+    padded = -(-run // depth) * depth
+    out = torch.empty((o, 4 * kh * padded), dtype=torch.float16, device=weight.device)
+    total = o * kh * padded
+    with torch.cuda.device_of(weight):
+        _transform_taps[(-(-total // 1024),)](
+            taps, out, total, kh, run, padded, taps.stride(0), taps.stride(1), BLOCK=1024, num_warps=4
+        )
+    return out
+
+
+def conv_pairs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
+    """The convolution, by `weight` `[O, I, 3, 3, 3]`, of what `rms_norm_pairs` made: `[N, O, T, H, W]`, bordered.
+
+    Two frames stand in front, one pixel of zeros around; `residual` is added in fp32 before the one rounding.
+    """
+    n, _, t, h, w = x.shape
+    tile = tile or tile_of(*weight.shape[:2])
+    assert tile is not None
+    x = bordered.bordered(x)
+    out = bordered.empty((n, weight.shape[0], t // 2, h, w), weight.dtype, x.device)
+    residual = None if residual is None else bordered.bordered(residual)
+    matrix = transformed_taps(weight, tile.depth)
+    place, pairs = bordered.geometry(x), n * t // 4
+    tiles_n = -(-weight.shape[0] // (tile.cols + tile.more))
+    sides = [_frames_of(clip, tile, cols) for clip in (residual, out) for cols in (tile.cols, tile.more)]
+    with torch.cuda.device_of(x):
+        _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
+            _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile),
+            _block_of(matrix, tile.more, tile) if tile.more else None, bias, *sides, pairs, place.height, place.width,
+            place.row, place.frame, weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), ROWS=tile.rows,
+            COLS=tile.cols, MORE=tile.more, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    return out
