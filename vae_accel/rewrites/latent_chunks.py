@@ -117,7 +117,7 @@ def _collected(parts: Iterator[Tensor], length: int) -> Tensor:
 def while_memory_lasts(parts: Callable[[int], Iterator[Tensor]], step: int) -> Iterator[Tensor]:
     """What `parts(step)` yields `[N, C, t, H, W]`; out of memory, the rest of it from `parts(step // 2)`.
 
-    The caches of the failed step are spoilt, and a second set in reserve would be 1.7 GiB (Wan 2.1, 480x832, bf16), so
+    The caches of the failed step are spoilt, and a second set in reserve would be 1.8 GiB (Wan 2.1, 480x832, bf16), so
     the clip is begun again; frames that were yielded before are computed and dropped.
 
     Raises:
