@@ -19,7 +19,7 @@ FLOORS = (
     {"families", "parallel"},
     {"rewrites"},
     {"platforms"},
-    {"reports", "api"},
+    {"reports", "api", "streaming"},
     {"verify", "workloads", "bench", "reports", "results", "demo"},
     {"cli"},
 )

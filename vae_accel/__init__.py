@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "decode_stream": "streaming",
     "optimize": "api",
     "optimize_vae": "api",
     "optimize_encoder": "api",
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Tier",
     "bench",
+    "decode_stream",
     "demo",
     "metrics",
     "optimize",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from vae_accel.api import optimize, optimize_encoder, optimize_vae, paused, report, restore
     from vae_accel.reports import Report
     from vae_accel.rewrite import Tier
+    from vae_accel.streaming import decode_stream
 
 
 def __getattr__(name: str):

@@ -10,6 +10,7 @@ NAMES = (
     "conv3d_as_conv2d",
     "single_frame_conv",
     "channels_last",
+    "latent_chunks",
     "fused_blocks",
     "math_attention",
 )
