@@ -146,10 +146,10 @@ def table(costs: Mapping[str, Cost], work: Mapping[str, Work]) -> list[dict[str,
 def short(name: str) -> str:
     """A kernel's name without return type, namespaces, template arguments and parameters."""
     name = torch._C._demangle(name) if name.startswith("_Z") else name
-    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    while (plain := re.sub(r"<[^<>]*>", "", name)) != name:
-        name = plain
-    if "::" in name:
+    if name.startswith("void ") or "::" in name:  # a signature in C++; Triton and cuDNN name theirs plainly
+        name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        while (plain := re.sub(r"<[^<>]*>", "", name)) != name:
+            name = plain
         name = name.partition("(")[0].rpartition("::")[2]
     return name[:LONGEST_NAME]
 
