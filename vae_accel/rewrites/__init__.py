@@ -12,4 +12,5 @@ NAMES = (
     "channels_last",
     "fused_blocks",
     "math_attention",
+    "half_decode",
 )
