@@ -38,7 +38,7 @@ class Edit:
 class Outcome:
     """What became of one rewrite. `state` is on, off, or failed (rolled back); `why` says so in words.
 
-    `counts` is what calls met since: how often, by what it was.
+    `direction` is the only one it changes (None: both); `counts` is what calls met since: how often, by what it was.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Outcome:
     why: str
     taken: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    direction: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
 

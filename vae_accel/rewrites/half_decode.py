@@ -45,6 +45,7 @@ class HalfDecode(Rewrite):
     name = "half_decode"
     tier = Tier.LOWERED
     over = ("latent_chunks",)
+    direction = "decode"
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         if hasattr(root, "decode"):
