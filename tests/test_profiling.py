@@ -12,7 +12,18 @@ from typer.testing import CliRunner
 
 from vae_accel import bench, profiling, results, workloads
 from vae_accel.cli import app
-from vae_accel.profiling import OTHER, SMALLEST_SHARE, Cost, Counter, Work, by_operation, profile, short, table
+from vae_accel.profiling import (
+    OTHER,
+    SMALLEST_SHARE,
+    Cost,
+    Counter,
+    Work,
+    by_kernel,
+    by_operation,
+    profile,
+    short,
+    table,
+)
 
 CPU = torch.device("cpu")
 
@@ -103,6 +114,28 @@ def test_what_an_operation_calls_is_its_own():
     }
 
 
+def launched(name, us, annotation=False):
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(elapsed_us=lambda: us),
+        device_type=torch.autograd.DeviceType.CUDA,
+        is_user_annotation=annotation,
+    )
+
+
+def test_kernels_are_what_ran_on_the_card():
+    events = [
+        event("aten::silu", 5.0, kernels=(8.0,)),
+        launched("_rms_norm", 3.0),
+        launched("void cutlass::Kernel<Gemm, 3>(Gemm::Params)", 4.0),
+        launched("void cutlass::Kernel<Gemm, 4>(Gemm::Params)", 5.0),
+        launched("a span", 12.0, annotation=True),
+    ]
+    assert by_kernel(events, accelerated=True) == {"_rms_norm": Cost(1, 3.0), "Kernel": Cost(2, 9.0)}
+    assert by_kernel(events[:1], accelerated=False) == {"aten::silu": Cost(1, 5.0)}
+    assert by_operation(events, {"aten::silu": Work()}, accelerated=True) == {"aten::silu": Cost(1, 8.0)}
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -136,6 +169,18 @@ def test_rows_sum_to_the_whole():
     (convolution,) = [row for row in operations if row.name == "aten::convolution"]
     flop = 2 * (8 * 30 * 30 * 4 * 9 + 4 * 30 * 30 * 8)
     assert convolution.calls == 2 and convolution.tflops == pytest.approx(flop / convolution.ms / 1e9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_kernel_of_a_card_belongs_to_an_operation():
+    conv = nn.Conv3d(64, 64, 3, padding=1).cuda().half().requires_grad_(False)
+    x = torch.randn(1, 64, 8, 64, 64, device="cuda").half()
+    rows = profile(lambda: F.silu(conv(x)), x.device, direction="decode", model="ours")
+    operations = {row.name: row for row in of(rows, "operation")}
+    assert profiling.UNTRACED not in operations
+    assert operations["aten::convolution"].tflops > 1 and operations["aten::silu"].gbps > 1
+    assert sum(row.ms for row in of(rows, "kernel")) == pytest.approx(sum(row.ms for row in operations.values()))
 
 
 def test_bench_keeps_the_profile_of_both_and_a_file_without_one_stays_valid(tmp_path):
