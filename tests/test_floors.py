@@ -20,7 +20,7 @@ FLOORS = (
     {"rewrites"},
     {"platforms"},
     {"reports", "api", "streaming"},
-    {"verify", "workloads", "bench", "reports", "results", "demo"},
+    {"verify", "workloads", "bench", "reports", "results", "profiling", "demo"},
     {"cli"},
 )
 ROOT = {"__init__", "__main__"}

@@ -47,6 +47,16 @@ def test_bf16_convolutions_inside_an_fp32_model_are_lowered_and_reach_the_floor(
     assert all(40 < line.ours.worst_frame_psnr < 90 < line.stock.worst_frame_psnr for line in proof.lines)
 
 
+def test_what_lowers_decoding_alone_is_not_held_against_encoding():
+    """A switch that is 1 applies beside every rewrite that is proved by itself."""
+    # Without channels_last, which oneDNN adds up less exactly in fp32.
+    options = {"half_decode": "1", "tier": "lowered", "channels_last": "0"}
+    proof = prove("sd1.5", torch.float32, kinds=("noise",), **options)
+    assert proof.green and {line.subject for line in proof.lines} > {"half_decode", "fused_norm_act"}
+    assert {line.tier for line in proof.lines if line.direction == "decode"} == {"lowered"}
+    assert "lowered" not in {line.tier for line in proof.lines if line.direction == "encode"}
+
+
 def test_a_broken_promise_is_red_and_named(wrong):
     proof = prove("qwen-image", only="conv3d_as_conv2d", directions=("decode",), kinds=("noise",))
     assert not proof.green and "stock's" in proof.red[0].why

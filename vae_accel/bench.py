@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae_accel import api, verify, workloads
+from vae_accel import api, profiling, verify, workloads
 from vae_accel.edits import ledger_of
-from vae_accel.results import Call, ProofRow, Result, Speed, Timing, commit_of, versions
+from vae_accel.results import Call, ProfileRow, ProofRow, Result, Speed, Timing, commit_of, versions
 from vae_accel.rewrites import native_reshape
 
 
@@ -45,13 +45,15 @@ def bench(
     runs: int = 5,
     proof_size: Any = None,
     compiled: bool = False,
+    profile: bool = False,
     commit: str | None = None,
     progress: verify.Progress = lambda text: None,
     **settings: Any,
 ) -> Result:
     """Proves the plan, then times stock and rewritten alternately (A B A B), `runs` times each after a warm-up.
 
-    `proof_size` proves on another size where the golden at full size does not fit; the result names it.
+    `proof_size` proves on another size where the golden at full size does not fit; the result names it. `profile` adds
+    where stock and rewritten spend their time, after the timings.
 
     Raises:
         RedProof: a promise was broken.
@@ -78,7 +80,8 @@ def bench(
     stock = workload.build(dtype, device, model=model)
     ours = copy.deepcopy(stock)
     (api.optimize_encoder if tower else api.optimize_vae)(ours, **options)
-    speed = []
+    speed: list[Speed] = []
+    profiles: list[ProfileRow] = []
     for direction in directions:
         x = verify.moved(workload.inputs("noise", direction, size), device, dtype)  # type: ignore[arg-type]
         progress(f"{direction}: {runs} runs each")
@@ -87,6 +90,9 @@ def bench(
         extra = _compiled(stock, calls["stock"], direction, runs, device) if compiled else {}
         ratio = timings["stock"].median_ms / timings["ours"].median_ms
         speed.append(Speed(direction=direction, **timings, speedup=ratio, **extra))  # type: ignore[arg-type]
+        for name, call in calls.items() if profile else ():
+            progress(f"{direction}: profile of {name}")
+            profiles += profiling.profile(call, device, direction=direction, model=name)
     return Result(
         workload=workload.name,
         size=str(size),
@@ -101,6 +107,7 @@ def bench(
         proof=_rows(proof),
         speed=speed,
         calls=[*_pattern_calls(), *_module_calls(workload, stock, ours, directions[0], size)],
+        profile=profiles,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from vae_accel import settings as env
 from vae_accel.rewrites import NAMES
 
 if TYPE_CHECKING:
+    from vae_accel.results import ProfileRow
     from vae_accel.verify import Proof
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -83,6 +85,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="counted runs of each")] = 5,
     proof_size: Annotated[str | None, typer.Option(help="prove at another size than the one timed")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="a torch.compile column as well")] = False,
+    profile: Annotated[bool, typer.Option(help="where the time goes, by kernel and by operation")] = False,
     write: Annotated[Path | None, typer.Option(help="folder for the result file")] = None,
     commit: Annotated[str | None, typer.Option(help="the commit to stamp; default: asked of git")] = None,
 ) -> None:
@@ -105,6 +108,7 @@ def bench(
                     runs=runs,
                     proof_size=_size(chosen, proof_size) if proof_size else None,
                     compiled=compiled,
+                    profile=profile,
                     commit=commit,
                     progress=progress,
                 )
@@ -133,6 +137,7 @@ def bench(
                 f"proof ({proof_row.direction} at {proof_row.size}, {proof_row.golden} golden, {proof_row.tier}): "
                 f"{proof_row.ours_psnr:.2f} dB, stock {proof_row.stock_psnr:.2f} dB"
             )
+        print_profile(result.profile)
         if write is not None:
             console.print(f"wrote {results.write(result, write)}")
 
@@ -218,6 +223,20 @@ def print_proof(proof: Proof) -> None:
     for line in proof.red:
         console.print(f"[red]{line.subject}, {line.direction} of {line.kind}: {line.why}")
     console.print("[green]green" if proof.green else "[red]red: a promise is broken; no speed of this plan counts")
+
+
+def print_profile(rows: list[ProfileRow]) -> None:
+    """A table a direction, model and view, as `bench --profile` measured them."""
+    for direction, model, by in dict.fromkeys((row.direction, row.model, row.by) for row in rows):
+        chosen = [row for row in rows if (row.direction, row.model, row.by) == (direction, model, by)]
+        table = Table(box=SIMPLE_HEAD, title=f"{direction}, {model}, {sum(row.ms for row in chosen):.2f} ms by {by}")
+        for column in (by, "calls", "ms", "share", "TFLOP/s", "GB/s"):
+            table.add_column(column, justify="left" if column == by else "right")
+        for row in chosen:
+            share = f"{row.share:.1%}"
+            rates = _number(row.tflops), _number(row.gbps)
+            table.add_row(escape(row.name), str(row.calls), f"{row.ms:.3f}", share, *rates)
+        console.print(table)
 
 
 @contextmanager

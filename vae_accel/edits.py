@@ -36,7 +36,10 @@ class Edit:
 
 @dataclass
 class Outcome:
-    """What became of one rewrite. `state` is on, off, or failed (rolled back); `why` says so in words."""
+    """What became of one rewrite. `state` is on, off, or failed (rolled back); `why` says so in words.
+
+    `direction` is the only one it changes (None: both); `counts` is what calls met since: how often, by what it was.
+    """
 
     name: str
     tier: str
@@ -44,6 +47,8 @@ class Outcome:
     why: str
     taken: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    direction: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,6 +68,11 @@ class Ledger:
     def owner(self, path: str, slot: str) -> str | None:
         """The rewrite that holds a slot now, or None."""
         return next((e.by for e in reversed(self.edits) if (e.path, e.slot) == (path, slot)), None)
+
+    def count(self, name: str, what: str) -> None:
+        """Notes on the outcome of rewrite `name` that a call met `what`."""
+        counts = next(outcome for outcome in self.outcomes if outcome.name == name).counts
+        counts[what] = counts.get(what, 0) + 1
 
     def undo(self, root: nn.Module) -> None:
         """Takes every edit back; a module that was removed or exchanged since has nothing to take back.

@@ -1,4 +1,4 @@
-"""What was done to a model, per rewrite: tier, sites taken, sites refused and why, and why a rewrite is off."""
+"""What was done to a model, per rewrite: tier, sites taken or refused and why, what calls met, and why one is off."""
 
 from __future__ import annotations
 
@@ -50,4 +50,5 @@ def _lines(section: Section) -> list[str]:
         lines.append(f"  {o.name:<22} {o.tier:<9} {o.state:<7} {sites if o.state == 'on' else o.why}")
         if o.state == "on":
             lines += [f"  {'':<22} {n:>4} x {reason}" for reason, n in Counter(o.refused.values()).most_common()]
+            lines += [f"  {'':<22} {n:>4} x {what}" for what, n in o.counts.items()]
     return lines

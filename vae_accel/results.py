@@ -67,6 +67,23 @@ class Call(_Row):
     ours_us: float
 
 
+class ProfileRow(_Row):
+    """One line of the profile of one call: a kernel (on a CPU an operator by itself) or an operation and all in it.
+
+    `share` is of the device's time, `tflops` TFLOP/s where the operations are known, `gbps` GB/s where the bytes are.
+    """
+
+    direction: Literal["decode", "encode", "embed"]
+    model: Literal["stock", "ours"]
+    by: Literal["kernel", "operation"]
+    name: str
+    calls: int
+    ms: float
+    share: float
+    tflops: float | None = None
+    gbps: float | None = None
+
+
 class Result(_Row):
     """One file under platforms/<name>/results: what was measured, on what, with which versions."""
 
@@ -84,6 +101,7 @@ class Result(_Row):
     proof: list[ProofRow]
     speed: list[Speed]
     calls: list[Call] = []
+    profile: list[ProfileRow] = []
 
 
 def write(result: Result, folder: str | Path) -> Path:

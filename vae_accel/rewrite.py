@@ -49,6 +49,7 @@ class Rewrite(ABC):
     """A change to a model in place. Subclasses are frozen dataclasses: their fields are what a platform may choose.
 
     `over` names rewrites whose method slot this one may claim on top of: it handles a case and hands the rest to them.
+    `direction` is the only one it changes (None: both), so that its tier is not held against the other.
     `compute_dtype` (convolutions only) runs the rewritten arithmetic in that dtype and returns the model's own. One
     that `repairs` is there because stock is wrong on the platform, and is on without a measured speed.
     """
@@ -56,6 +57,7 @@ class Rewrite(ABC):
     name: ClassVar[str]
     tier: ClassVar[Tier]
     over: ClassVar[tuple[str, ...]] = ()
+    direction: ClassVar[str | None] = None
     lowers: ClassVar[bool] = False  # takes compute_dtype
     repairs: ClassVar[bool] = False
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_accel import api, metrics, workloads
-from vae_accel.edits import ledger_of
+from vae_accel.edits import Ledger, ledger_of
 from vae_accel.metrics import Comparison
 from vae_accel.platforms import NoSite
 from vae_accel.rewrite import Tier
@@ -155,21 +155,18 @@ def prove(
     against = {case: _compare(stock[case], goldens[case], case) for case in inputs}
     plan = rewritten(only)
     proof.platform, proof.rewrites = plan.platform, {o.name: len(o.taken) for o in plan.outcomes if o.taken}
-    tiers = {o.name: Tier(o.tier) for o in plan.outcomes if o.taken}
     subjects: list[tuple[str, str | None]] = [(WHOLE_PLAN, only)]
-    if each and len(tiers) > 1:
-        subjects += [(name, name) for name in tiers]
+    if each and len(proof.rewrites) > 1:
+        subjects += [(name, name) for name in proof.rewrites]
     for subject, name in subjects:
         progress(subject)
         try:
-            rewritten(name)
+            plan = rewritten(name)
         except NoSite as error:
             proof.alone[subject] = str(error)
             continue
-        tier = (
-            max(tiers.values(), key=list(Tier).index, default=Tier.EXACT) if subject == WHOLE_PLAN else tiers[subject]
-        )
         for case, x in inputs.items():
+            tier = _tier(plan, case[0])
             out = run(workload, vae, case[0], x)
             identical = torch.equal(out, stock[case])
             ours = against[case] if identical else _compare(out, goldens[case], case)
@@ -227,6 +224,12 @@ def _compare(out: Tensor, golden: Tensor, case: Case) -> Comparison:
         return metrics.compare(out, golden, peak=PEAK, ssim=min(out.shape[-2:]) >= metrics.SSIM_WINDOW)
     peak = float(golden.max() - golden.min()) or 1.0
     return metrics.compare(out, golden, peak=peak, ssim=False)
+
+
+def _tier(plan: Ledger, direction: str) -> Tier:
+    """The lowest promise of what took sites and changes that direction; a rewrite forced by its switch is among it."""
+    tiers = (Tier(o.tier) for o in plan.outcomes if o.taken and o.direction in (None, direction))
+    return max(tiers, key=list(Tier).index, default=Tier.EXACT)
 
 
 def _promise(tier: Tier, identical: bool, ours: Comparison, stock: Comparison) -> tuple[bool, str]:

@@ -51,5 +51,13 @@ def test_compiles(name, target):
     assert len(binary.asm["cubin" if TARGETS[target].backend == "cuda" else "hsaco"]) > 0
 
 
+@pytest.mark.parametrize("name", [name for name, s in SIGNATURES.items() if s.constexprs.get("SATURATE")])
+def test_saturation_keeps_what_is_not_a_number(name):
+    """PTX's plain min and max return the other operand: an overflow would leave as a finite 65504."""
+    kernel, types, constexprs = SIGNATURES[name]
+    source = ASTSource(fn=kernel.bind(), signature=types, constexprs=constexprs)
+    assert "min.NaN" in triton.compile(source, target=TARGETS["sm_90"]).asm["ptx"]
+
+
 def test_every_kernel_is_covered():
     assert {signature.kernel for signature in SIGNATURES.values()} == KERNELS

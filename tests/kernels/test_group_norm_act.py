@@ -136,3 +136,12 @@ def test_bad_arguments_are_named():
         group_norm_act(torch.zeros(1, 8, 4, 4), 3, None, None, 1e-6, act=True)
     with pytest.raises(ValueError, match="per_frame"):
         group_norm_act(torch.zeros(1, 8, 4, 4), 4, None, None, 1e-6, act=True, per_frame=True)
+
+
+@pytest.mark.parametrize("act", [False, True])
+def test_what_is_not_a_number_is_none_in_fp16(device, act):
+    """Finite values are held at 65504; an overflow upstream must still be seen in the picture."""
+    x = torch.randn(1, 8, 6, 5, device=device)
+    x[:, :, 2, 3] = float("inf")
+    out = group_norm_act(x, 2, None, None, 1e-6, act=act, dtype=torch.float16)
+    assert out.isnan().any()

@@ -122,3 +122,12 @@ def test_bad_arguments_are_named():
         rms_norm_act(x, None, None, 1e-12, act=True, mode="max")
     with pytest.raises(ValueError, match="weight must have 8 elements"):
         rms_norm_act(x, torch.ones(7), None, 1e-12, act=True)
+
+
+@pytest.mark.parametrize("act", [False, True])
+def test_what_is_not_a_number_is_none_in_fp16(device, act):
+    """Finite values are held at 65504; an overflow upstream must still be seen in the picture."""
+    x = torch.randn(1, 8, 6, 5, device=device)
+    x[:, :, 2, 3] = float("inf")
+    out = rms_norm_act(x, None, None, 1e-6, act=act, mode="mean", dtype=torch.float16)
+    assert out.isnan().any()

@@ -36,6 +36,9 @@ NORMS: dict[str, str] = {
     "RMSNorm": "last",
 }
 
+# They square in the activation's own dtype: in fp16 anything above 255 is divided by infinity, and comes out as 0.
+OVERFLOWING = ("PerChannelRMSNorm", "LTX2AudioPixelNorm")
+
 # Modules around a GroupNorm: class name -> what they do with it, and the attribute that holds it.
 #   by_frame: cut a clip into frames.  modulated: scale and shift by 1x1x1 convolutions of the enlarged latent.
 WRAPPERS: dict[str, tuple[str, str]] = {
@@ -167,6 +170,11 @@ def kind_of(module: nn.Module | None) -> str | None:
 def refusal(module: nn.Module) -> str | None:
     """Why a module that looks like a norm known here is none, or None."""
     return None if kind_of(module) is not None else estranged(module, NORMS)
+
+
+def overflows_unseen(module: nn.Module) -> bool:
+    """Whether an overflow in this norm's own forward is finite again when it leaves."""
+    return known_as(module, OVERFLOWING) is not None
 
 
 def wrapper_of(module: nn.Module | None) -> tuple[str, str] | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyFunction, LazyKernel, Signature, differentiates, signature, triton_available
+from ._dispatch import LazyFunction, LazyKernel, differentiates, triton_available
 
 tl: Any = None  # triton.language, bound at the first launch
 

@@ -159,7 +159,7 @@ def _normalize(
         if ACT:
             value = value / (1 + tl.exp(-value))
         if SATURATE:
-            value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+            value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s

@@ -86,7 +86,7 @@ def _rms_norm(
     if ACT:
         value = value / (1 + tl.exp(-value))
     if SATURATE:
-        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     target = out + batch * out_n + row * out_s + col.to(tl.int64) * out_c
     tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import FP16_MAX, LazyFunction, LazyKernel, next_power_of_2, triton_available
+from ._dispatch import LazyFunction, LazyKernel, next_power_of_2, triton_available
 from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, unsupported
 from .rms_norm_act import reference as rms_norm_reference
 

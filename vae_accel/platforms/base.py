@@ -151,7 +151,7 @@ def _step(root: nn.Module, ledger: Ledger, step: Step, settings: env.Settings, o
         off = f"its tier is {tier.value}, above {env.PREFIX}TIER={settings.tier}"
     if off is not None:
         return Outcome(rewrite.name, tier.value, "off", off)
-    outcome = Outcome(rewrite.name, tier.value, "on", step.why)
+    outcome = Outcome(rewrite.name, tier.value, "on", step.why, direction=rewrite.direction)
     pen = Pen(root, ledger, rewrite.name, rewrite.over)
     try:
         for site in list(rewrite.sites(root, ledger)):

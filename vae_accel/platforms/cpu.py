@@ -7,6 +7,7 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -25,6 +26,7 @@ class Cpu(Platform):
         Step(SingleFrameConv(), "on", "results"),
         Step(ChannelsLast(fp32=False), "on", "results"),
         Step(LatentChunks(most=1), "off", "1.0x; with four latents a step 0.5x to 0.9x, whose frames leave its caches"),
+        Step(HalfDecode(), "off", OPT_IN),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),

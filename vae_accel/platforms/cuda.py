@@ -8,6 +8,7 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -27,6 +28,7 @@ class Cuda(Platform):
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "off", "not measured yet"),
         Step(FusedBlocks(), "off", "not measured yet"),
+        Step(HalfDecode(), "off", OPT_IN),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),

@@ -5,6 +5,7 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
@@ -23,6 +24,7 @@ class Npu(Platform):
         Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
         Step(SingleFrameConv(), "off", UNMEASURED),
         Step(ChannelsLast(clips=False), "off", UNMEASURED),
+        Step(HalfDecode(), "off", OPT_IN),
     )
     encoder = (
         Step(NativeReshape(), "off", UNMEASURED),

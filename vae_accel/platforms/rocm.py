@@ -7,6 +7,7 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.math_attention import MathAttention
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -28,6 +29,7 @@ class Rocm(Platform):
         Step(PatchEmbedAsLinear(), "off", UNMEASURED),
         Step(SingleFrameConv(), "off", UNMEASURED),
         Step(ChannelsLast(), "off", UNMEASURED),
+        Step(HalfDecode(), "off", OPT_IN),
     )
     encoder = (
         Step(NativeReshape(), "off", UNMEASURED),

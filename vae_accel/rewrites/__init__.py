@@ -13,4 +13,5 @@ NAMES = (
     "latent_chunks",
     "fused_blocks",
     "math_attention",
+    "half_decode",
 )
