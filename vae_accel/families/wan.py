@@ -1,10 +1,234 @@
-"""Forwards of blocks on the fused convolution."""
+"""Wan 2.1, Wan 2.2, Qwen-Image and Qwen-Image-2.1 on the fused convolution: the blocks of both encoder and decoder.
+
+Stock moves every activation three times around a causal convolution (clone of the kept frames, `cat` with the cache,
+`F.pad`) and once more for the residual. Here the convolution reads the cache where it lies and adds the residual before
+it rounds. The loops over chunks, the list of caches and its order stay stock's: a slot holds the last two frames that
+went into a convolution, or "Rep" where an upsampler in time has seen the first latent alone.
+
+In a bf16 model the norms write fp16, three bits more in front of each convolution, where no activation can overflow it:
+an RMS norm is bounded by sqrt(C) |gamma| + |bias| whatever comes in. Frames are then kept in fp16 too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from vae_accel.families.row import Block
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-ROWS: dict[str, Callable[[Any], Block | str | None]] = {}
+from vae_accel.edits import unusable_weight
+from vae_accel.families.row import Block, Hand
+from vae_accel.families.wan_conv import causal_conv, doubling_conv, image_conv, unlike_causal
+from vae_accel.kernels._dispatch import FP16_MAX
+from vae_accel.rewrite import runs_stock
+
+KEPT = 2  # frames a causal convolution leaves for the next chunk
+
+Cache = list[Any] | None
+
+
+def residual_block(
+    block: Any,
+    below: Callable[..., Tensor],
+    half: bool,
+    x: Tensor,
+    feat_cache: Cache = None,
+    feat_idx: list[int] | None = None,
+) -> Tensor:
+    """[N, C, T, H, W] -> [N, C', T, H, W]; the shortcut is added by the second convolution."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    shortcut = block.conv_shortcut(x)
+    y = block.nonlinearity(_norm(block.norm1, half, x))
+    y = _chunk(block.conv1, feat_cache, feat_idx, y)
+    y = block.dropout(block.nonlinearity(_norm(block.norm2, half, y)))
+    return _chunk(block.conv2, feat_cache, feat_idx, y, residual=shortcut)
+
+
+def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Tensor) -> Tensor:
+    """Attention within each frame of [N, C, T, H, W]: channels-last, every step but the arithmetic is a view."""
+    if runs_stock(x):
+        return below(x)
+    n, _, t, h, w = x.shape
+    frames = x.transpose(1, 2).flatten(0, 1)
+    qkv = block.to_qkv(_norm(block.norm, half, frames)).flatten(2).transpose(1, 2).contiguous()
+    y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, (h, w))
+    return block.proj(y, residual=frames).unflatten(0, (n, t)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head over all channels: [N, L, C] each, in rows of adjacent channels, -> [N, L, C]."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+
+
+def upsample(
+    module: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """`upsample3d`, [N, C, T, H, W] -> [N, C', 2T, 2H, 2W]; the first latent of a clip, or no cache: T frames."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    if feat_cache is not None and feat_cache[feat_idx[0]] is None:
+        feat_cache[feat_idx[0]] = "Rep"
+        feat_idx[0] += 1
+    elif feat_cache is not None:
+        if isinstance(feat_cache[feat_idx[0]], str):  # the first latent never enters: zeros stand in front
+            feat_cache[feat_idx[0]] = None
+        x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
+    y = module.resample(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def up_block(
+    block: Any,
+    below: Callable[..., Tensor],
+    x: Tensor,
+    feat_cache: Cache = None,
+    feat_idx: list[int] | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    """Wan 2.2's: stock without the clone of its input, and the shortcut added as it is read."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx, first_chunk)
+    y = x
+    for layer in (*block.resnets, block.upsampler):
+        y = y if layer is None else layer(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y if block.avg_shortcut is None else block.avg_shortcut(x, first_chunk=first_chunk, residual=y)
+
+
+def down_block(
+    block: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """Wan 2.2's: stock without the clone of its input."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    y = x
+    for layer in (*block.resnets, block.downsampler):
+        y = y if layer is None else layer(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y + block.avg_shortcut(x)
+
+
+def duplicate(
+    shortcut: Any, below: Callable[..., Tensor], x: Tensor, first_chunk: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """DupUp3D plus `residual`: channels repeated, then shuffled to frames, rows and columns, are a broadcast addition.
+
+    Stock writes the repeated and the shuffled clip, 8 times its input each, before it adds.
+    """
+    t, h, w = x.shape[2:]
+    times, sides = shortcut.factor_t, shortcut.factor_s
+    if residual is None or runs_stock(x, residual) or (first_chunk and t > 1):
+        y = below(x, first_chunk=first_chunk)
+        return y if residual is None else residual + y
+    # Neighbouring channels go to neighbouring columns, then rows, then frames; the repeats fill the innermost of them.
+    inner = ((times, sides * sides), (sides, sides), (sides, 1))
+    own = [size if shortcut.repeats <= repeated else 1 for size, repeated in inner]
+    x = x.unflatten(1, (shortcut.out_channels, *own)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    if first_chunk:  # whose leading frames stock drops
+        x, times = x[:, :, :, -1:], 1
+    grid = residual.unflatten(4, (w, sides)).unflatten(3, (h, sides)).unflatten(2, (t, times))
+    return (grid + x).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
+    return norm(x, dtype=torch.float16) if half and x.dtype == torch.bfloat16 else norm(x)
+
+
+def _chunk(conv: nn.Module, feat_cache: Cache, feat_idx: list[int], x: Tensor, **more: Any) -> Tensor:
+    """Convolves a chunk behind the frames that the one before it left, and leaves its own."""
+    if feat_cache is None:
+        return conv(x, **more)
+    slot = feat_idx[0]
+    feat_idx[0] += 1
+    previous, feat_cache[slot] = feat_cache[slot], _kept(x, feat_cache[slot])
+    return conv(x, previous, **more)
+
+
+def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
+    """The last two frames; a chunk of one borrows the other. Cloned only where a longer chunk would be kept alive."""
+    if x.shape[2] > KEPT:
+        return x[:, :, -KEPT:].clone()
+    if x.shape[2] == KEPT or previous is None:
+        return x
+    return torch.cat([previous[:, :, -1:].to(x), x], 2)
+
+
+def _fits_fp16(norm: Any, conv: Any) -> bool:
+    """Whether in a bf16 model nothing that `conv` multiplies can come near the end of fp16, with a factor 4 to spare.
+
+    Read once: should larger weights be loaded later, the norm saturates. Weights on meta (offloaded) cannot be read.
+    """
+    bias = norm.bias if isinstance(norm.bias, Tensor) else norm.gamma.new_zeros(1)
+    parameters = [p.detach() for p in (norm.gamma, bias, conv.weight)]
+    if any(p.dtype != torch.bfloat16 or p.device.type == "meta" for p in parameters):
+        return False
+    gamma, shift, weight = (float(p.abs().max()) for p in parameters)
+    return max(math.sqrt(norm.gamma.numel()) * gamma + shift, weight) < FP16_MAX / 4
+
+
+def _residual(m: Any) -> Block | str:
+    names = [name for name in ("conv1", "conv2", "conv_shortcut") if type(getattr(m, name)) is not nn.Identity]
+    reason = _unlike(m, names)
+    if reason is not None:
+        return reason
+    half = _fits_fp16(m.norm1, m.conv1) and _fits_fp16(m.norm2, m.conv2)
+    hands = (Hand(name, "forward", causal_conv) for name in names)
+    return Block((Hand("", "forward", residual_block, (half,)), *hands), ("norm1", "norm2") if half else ())
+
+
+def _attention(m: Any) -> Block | str:
+    reason = unusable_weight(m.to_qkv)
+    if reason is not None:
+        return f"to_qkv: {reason}"
+    half = _fits_fp16(m.norm, m.to_qkv)
+    hands = (Hand(name, "forward", image_conv) for name in ("to_qkv", "proj"))
+    return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
+
+
+def _resample(m: Any) -> Block | str | None:
+    if m.mode != "upsample3d":  # on views already, but for paddings that the vendor's strided convolution needs
+        return None
+    hands = (Hand("", "forward", upsample), Hand("time_conv", "forward", doubling_conv))
+    return _unlike(m, ["time_conv"]) or Block(hands)
+
+
+def _up(m: Any) -> Block | str:
+    hand, shortcut = Hand("", "forward", up_block), m.avg_shortcut
+    if shortcut is None:
+        return Block((hand,))
+    sides = shortcut.factor_s
+    if shortcut.repeats not in (1, sides, sides**2, shortcut.factor_t * sides**2):
+        return f"its shortcut repeats each channel {shortcut.repeats} times, across frames, rows and columns"
+    return Block((hand, Hand("avg_shortcut", "forward", duplicate)))
+
+
+def _ends(m: Any) -> Block | str:
+    names = ["conv_in", "conv_out"]
+    return _unlike(m, names) or Block(tuple(Hand(name, "forward", causal_conv) for name in names))
+
+
+def _unlike(m: nn.Module, names: list[str]) -> str | None:
+    reasons = ((name, unlike_causal(m.get_submodule(name))) for name in names)
+    return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+
+
+ROWS: dict[str, Callable[[Any], Block | str | None]] = {
+    **dict.fromkeys(("WanResidualBlock", "QwenImageResidualBlock", "QwenImage21ResidualBlock"), _residual),
+    **dict.fromkeys(("WanAttentionBlock", "QwenImageAttentionBlock", "QwenImage21AttentionBlock"), _attention),
+    **dict.fromkeys(("WanResample", "QwenImageResample"), _resample),  # Qwen-Image-2.1 has no time
+    **dict.fromkeys(("WanResidualUpBlock", "QwenImage21ResidualUpBlock"), _up),
+    **dict.fromkeys(
+        ("WanResidualDownBlock", "QwenImage21ResidualDownBlock"),
+        lambda m: Block((Hand("", "forward", down_block),)),
+    ),
+    **dict.fromkeys(
+        (f"{family}{part}3d" for family in ("Wan", "QwenImage", "QwenImage21") for part in ("Encoder", "Decoder")),
+        _ends,
+    ),
+}
