@@ -260,10 +260,23 @@ def test_the_shortcut_of_wan_2_2_is_an_addition(channels: tuple[int, int], first
     assert torch.equal(block.avg_shortcut(x), wan.DupUp3D(inner, outer, 2, 2)(x))
 
 
-def test_a_shortcut_that_repeats_across_rows_is_refused() -> None:
+@pytest.mark.parametrize("channels", [(2, 16), (2, 8), (2, 4), (2, 2)], ids=["1", "2", "4", "8"])
+@pytest.mark.parametrize("frames", [1, 4])
+@torch.no_grad()
+def test_the_shortcut_of_a_wan_2_2_encoder_is_a_mean(channels: tuple[int, int], frames: int) -> None:
+    block = wan.WanResidualDownBlock(*channels, 0.0, 0, temperal_downsample=True, down_flag=True)
+    x = clip(2, channels[0], frames, 6, 10)
+    expected = block.avg_shortcut(x)
+    optimized(block, ALONE)
+    assert_close(block.avg_shortcut(x), expected)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):  # stock's own words
+        block.avg_shortcut(clip(1, channels[0], 2, 5, 6))
+
+
+def test_a_shortcut_that_cuts_across_rows_is_refused() -> None:
     block = wan.WanResidualUpBlock(4, 3, 0, temperal_upsample=True, up_flag=True)
     refused = next(site.refused for site in FusedBlocks().sites(block, base.Ledger()) if site.path == "")
-    assert refused == "its shortcut repeats each channel 6 times, across frames, rows and columns"
+    assert refused == "its shortcut takes 6 values together, across frames, rows and columns"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])

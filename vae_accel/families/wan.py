@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_accel.edits import unusable_weight
 from vae_accel.families.row import Block, Hand
-from vae_accel.families.wan_conv import causal_conv, doubling_conv, image_conv, unlike_causal
+from vae_accel.families.wan_conv import causal_conv, doubling_conv, image_conv, unlike_causal, unlike_image
+from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels._dispatch import FP16_MAX
 from vae_accel.rewrite import runs_stock
 
@@ -51,7 +51,7 @@ def residual_block(
 
 def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Tensor) -> Tensor:
     """Attention within each frame of [N, C, T, H, W]: channels-last, every step but the arithmetic is a view."""
-    if runs_stock(x):
+    if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
         return below(x)
     n, _, t, h, w = x.shape
     frames = x.transpose(1, 2).flatten(0, 1)
@@ -91,7 +91,7 @@ def up_block(
     feat_idx: list[int] | None = None,
     first_chunk: bool = False,
 ) -> Tensor:
-    """Wan 2.2's: stock without the clone of its input, and the shortcut added as it is read."""
+    """Wan 2.2's, without the clone of its input; the shortcut is added as it is read."""
     feat_idx = [0] if feat_idx is None else feat_idx
     if runs_stock(x):
         return below(x, feat_cache, feat_idx, first_chunk)
@@ -104,7 +104,7 @@ def up_block(
 def down_block(
     block: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
 ) -> Tensor:
-    """Wan 2.2's: stock without the clone of its input."""
+    """Wan 2.2's, without the clone of its input."""
     feat_idx = [0] if feat_idx is None else feat_idx
     if runs_stock(x):
         return below(x, feat_cache, feat_idx)
@@ -112,28 +112,6 @@ def down_block(
     for layer in (*block.resnets, block.downsampler):
         y = y if layer is None else layer(y, feat_cache=feat_cache, feat_idx=feat_idx)
     return y + block.avg_shortcut(x)
-
-
-def duplicate(
-    shortcut: Any, below: Callable[..., Tensor], x: Tensor, first_chunk: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """DupUp3D plus `residual`: channels repeated, then shuffled to frames, rows and columns, are a broadcast addition.
-
-    Stock writes the repeated and the shuffled clip, 8 times its input each, before it adds.
-    """
-    t, h, w = x.shape[2:]
-    times, sides = shortcut.factor_t, shortcut.factor_s
-    if residual is None or runs_stock(x, residual) or (first_chunk and t > 1):
-        y = below(x, first_chunk=first_chunk)
-        return y if residual is None else residual + y
-    # Neighbouring channels go to neighbouring columns, then rows, then frames; the repeats fill the innermost of them.
-    inner = ((times, sides * sides), (sides, sides), (sides, 1))
-    own = [size if shortcut.repeats <= repeated else 1 for size, repeated in inner]
-    x = x.unflatten(1, (shortcut.out_channels, *own)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if first_chunk:  # whose leading frames stock drops
-        x, times = x[:, :, :, -1:], 1
-    grid = residual.unflatten(4, (w, sides)).unflatten(3, (h, sides)).unflatten(2, (t, times))
-    return (grid + x).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
@@ -183,11 +161,12 @@ def _residual(m: Any) -> Block | str:
 
 
 def _attention(m: Any) -> Block | str:
-    reason = unusable_weight(m.to_qkv)
+    names = ["to_qkv", "proj"]
+    reason = _unlike(m, names, unlike_image)
     if reason is not None:
-        return f"to_qkv: {reason}"
+        return reason
     half = _fits_fp16(m.norm, m.to_qkv)
-    hands = (Hand(name, "forward", image_conv) for name in ("to_qkv", "proj"))
+    hands = (Hand(name, "forward", image_conv) for name in names)
     return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
 
 
@@ -202,10 +181,12 @@ def _up(m: Any) -> Block | str:
     hand, shortcut = Hand("", "forward", up_block), m.avg_shortcut
     if shortcut is None:
         return Block((hand,))
-    sides = shortcut.factor_s
-    if shortcut.repeats not in (1, sides, sides**2, shortcut.factor_t * sides**2):
-        return f"its shortcut repeats each channel {shortcut.repeats} times, across frames, rows and columns"
-    return Block((hand, Hand("avg_shortcut", "forward", duplicate)))
+    return uneven(shortcut, shortcut.repeats) or Block((hand, Hand("avg_shortcut", "forward", duplicate)))
+
+
+def _down(m: Any) -> Block | str:
+    hands = (Hand("", "forward", down_block), Hand("avg_shortcut", "forward", average))
+    return uneven(m.avg_shortcut, m.avg_shortcut.group_size) or Block(hands)
 
 
 def _ends(m: Any) -> Block | str:
@@ -213,8 +194,8 @@ def _ends(m: Any) -> Block | str:
     return _unlike(m, names) or Block(tuple(Hand(name, "forward", causal_conv) for name in names))
 
 
-def _unlike(m: nn.Module, names: list[str]) -> str | None:
-    reasons = ((name, unlike_causal(m.get_submodule(name))) for name in names)
+def _unlike(m: nn.Module, names: list[str], unlike: Callable[[nn.Module], str | None] = unlike_causal) -> str | None:
+    reasons = ((name, unlike(m.get_submodule(name))) for name in names)
     return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
 
@@ -223,10 +204,7 @@ ROWS: dict[str, Callable[[Any], Block | str | None]] = {
     **dict.fromkeys(("WanAttentionBlock", "QwenImageAttentionBlock", "QwenImage21AttentionBlock"), _attention),
     **dict.fromkeys(("WanResample", "QwenImageResample"), _resample),  # Qwen-Image-2.1 has no time
     **dict.fromkeys(("WanResidualUpBlock", "QwenImage21ResidualUpBlock"), _up),
-    **dict.fromkeys(
-        ("WanResidualDownBlock", "QwenImage21ResidualDownBlock"),
-        lambda m: Block((Hand("", "forward", down_block),)),
-    ),
+    **dict.fromkeys(("WanResidualDownBlock", "QwenImage21ResidualDownBlock"), _down),
     **dict.fromkeys(
         (f"{family}{part}3d" for family in ("Wan", "QwenImage", "QwenImage21") for part in ("Encoder", "Decoder")),
         _ends,

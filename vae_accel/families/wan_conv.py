@@ -56,14 +56,23 @@ def image_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, residual: Ten
 
 
 def unlike_causal(conv: nn.Module) -> str | None:
-    """Why a convolution is not the causal one of stride 1 that is computed here, or None."""
-    if known_as(conv, CAUSAL) is None or not isinstance(conv, nn.Conv2d | nn.Conv3d):
-        return f"{type(conv).__name__} is no causal convolution known here"
+    """Why a convolution is not one for `causal_conv`, or None."""
+    padding: Any = getattr(conv, "_padding", ())
+    if known_as(conv, CAUSAL) and isinstance(conv, nn.Conv3d) and padding[4] != conv.kernel_size[0] - 1:
+        return f"a padding of {padding} changes the number of frames"
+    return _unlike(conv, CAUSAL)
+
+
+def unlike_image(conv: nn.Module) -> str | None:
+    """Why a convolution is not one for `image_conv`, or None."""
+    return _unlike(conv, ("Conv2d",))
+
+
+def _unlike(conv: nn.Module, known: tuple[str, ...]) -> str | None:
+    if known_as(conv, known) is None or not isinstance(conv, nn.Conv2d | nn.Conv3d):
+        return f"{type(conv).__name__} is no convolution known here"
     if set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros":
         return "stride, dilation, groups or a padding mode"
-    padding: Any = conv._padding
-    if isinstance(conv, nn.Conv3d) and padding[4] != conv.kernel_size[0] - 1:
-        return f"a padding of {padding} changes the number of frames"
     return unusable_weight(conv)
 
 
