@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.subjects import everything, plan
 from tests.vaes import TABLE, Tiny
 from vae_accel.edits import ledger_of
+from vae_accel.families import wan_conv
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import Cuda, base
 from vae_accel.rewrites.fused_blocks import FusedBlocks
@@ -24,6 +25,7 @@ CASES = [case for case in TABLE if case.id in NAMES]
 ALONE = plan((base.Step(FusedBlocks(), "on", "test"),))
 NORMS = plan((base.Step(FusedNormAct(), "on", "test"), base.Step(FusedBlocks(), "on", "test")))
 BESIDE = everything(Cuda)
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -239,9 +241,47 @@ def test_time_is_doubled_frame_by_frame(frames: int) -> None:
     assert_close(y, tracked.detach())
 
 
-def test_only_upsampling_in_time_is_taken() -> None:
-    for mode, taken in (("upsample3d", 1), ("upsample2d", 0), ("downsample3d", 0), ("none", 0)):
-        assert len(list(FusedBlocks().sites(wan.WanResample(4, mode), base.Ledger()))) == taken
+@pytest.mark.parametrize("mode", ["upsample2d", "downsample2d", "downsample3d"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@torch.no_grad()
+def test_frames_are_resampled_and_kept_as_stock_does(mode: str, layout: torch.memory_format) -> None:
+    stock, ours = randomised(wan.WanResample(4, mode)), optimized(randomised(wan.WanResample(4, mode)), ALONE)
+    caches: tuple[list[Any], list[Any]] = ([None], [None])
+    for frames in (1, 4, 2):
+        x = clip(2, 4, frames, 6, 10).contiguous(memory_format=layout)
+        assert_close(ours(x), stock(x))
+        places = ([0], [0])
+        assert_close(ours(x, caches[1], places[1]), stock(x, caches[0], places[0]))
+        assert places[0] == places[1] == [int(mode == "downsample3d")]
+        if mode == "downsample3d":
+            assert_close(caches[1][0], caches[0][0])
+
+
+def test_a_resample_without_an_operation_is_not_taken() -> None:
+    assert not list(FusedBlocks().sites(wan.WanResample(4, "none"), base.Ledger()))
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "qwen-image", "qwen-image-2.1"])
+@torch.no_grad()
+def test_every_convolution_is_given_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a card returns them: oneDNN answers some channels-last clips in NCDHW."""
+    case, seen = tiny(name), []
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None, **more: Any) -> Tensor:
+        seen.extend(y for y in (x, more.get("history"), more.get("residual")) if y is not None)
+        y = kernel(x, weight, bias, **more).contiguous(memory_format=FORMATS[x.dim()])
+        return y if out is None else out.copy_(y)
+
+    kernel = wan_conv.fused
+    monkeypatch.setattr(wan_conv, "fused", fused)
+    vae: Any = optimized(case.build(dtype=torch.bfloat16))
+    for m in vae.modules():
+        if isinstance(m, nn.Conv2d | nn.Conv3d):
+            m.register_forward_hook(lambda m, _, y: y.contiguous(memory_format=FORMATS[y.dim()]))
+    for run in (lambda: case.encode(vae, case.pixels().bfloat16()), lambda: case.decode(vae, case.latent().bfloat16())):
+        seen.clear()
+        run()
+        assert seen and all(x.is_contiguous(memory_format=FORMATS[x.dim()]) for x in seen)
 
 
 @pytest.mark.parametrize("channels", [(16, 2), (8, 2), (4, 2), (2, 2)], ids=["1", "2", "4", "8"])

@@ -53,11 +53,10 @@ def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Ten
     """Attention within each frame of [N, C, T, H, W]: channels-last, every step but the arithmetic is a view."""
     if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
         return below(x)
-    n, _, t, h, w = x.shape
-    frames = x.transpose(1, 2).flatten(0, 1)
+    frames = _pictures(x)
     qkv = block.to_qkv(_norm(block.norm, half, frames)).flatten(2).transpose(1, 2).contiguous()
-    y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, (h, w))
-    return block.proj(y, residual=frames).unflatten(0, (n, t)).transpose(1, 2)
+    y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, x.shape[3:])
+    return _clip(block.proj(y, residual=frames), x.shape[2])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,19 +67,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def upsample(
     module: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
 ) -> Tensor:
-    """`upsample3d`, [N, C, T, H, W] -> [N, C', 2T, 2H, 2W]; the first latent of a clip, or no cache: T frames."""
+    """[N, C, T, H, W] -> [N, C', T, 2H, 2W]; `upsample3d` 2T frames, but of the first latent and without a cache."""
     feat_idx = [0] if feat_idx is None else feat_idx
-    if runs_stock(x):
+    if x.numel() == 0 or runs_stock(x):
         return below(x, feat_cache, feat_idx)
-    if feat_cache is not None and feat_cache[feat_idx[0]] is None:
-        feat_cache[feat_idx[0]] = "Rep"
-        feat_idx[0] += 1
-    elif feat_cache is not None:
-        if isinstance(feat_cache[feat_idx[0]], str):  # the first latent never enters: zeros stand in front
-            feat_cache[feat_idx[0]] = None
-        x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
-    y = module.resample(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    if module.mode == "upsample3d" and feat_cache is not None:
+        slot = feat_idx[0]
+        if feat_cache[slot] is None:
+            feat_cache[slot] = "Rep"
+            feat_idx[0] += 1
+        else:
+            if isinstance(feat_cache[slot], str):  # zeros stand in front: the first latent never enters time
+                feat_cache[slot] = None
+            x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
+    return _clip(module.resample(_pictures(x)), x.shape[2])
+
+
+def downsample(
+    module: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """[N, C, T, H, W] -> [N, C, T, H/2, W/2]; `downsample3d` T/2 frames, but of a first frame and without a cache."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if x.numel() == 0 or runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    y = _clip(module.resample(_pictures(x)), x.shape[2])
+    if module.mode != "downsample3d" or feat_cache is None:
+        return y
+    slot = feat_idx[0]
+    feat_idx[0] += 1
+    previous, feat_cache[slot] = feat_cache[slot], y if y.shape[2] == 1 else y[:, :, -1:].clone()
+    return y if previous is None else module.time_conv(torch.cat([previous.to(y.device), y], 2))
 
 
 def up_block(
@@ -137,6 +153,19 @@ def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
     return torch.cat([previous[:, :, -1:].to(x), x], 2)
 
 
+def _pictures(x: Tensor) -> Tensor:
+    """[N, C, T, H, W] as [N T, C, H, W], a view if channels-last.
+
+    One frame by indexing: `view` and `flatten` give dimensions of size 1 the stride of a channel, which is no memory
+    format to `F.pad` and `torch.cat`, and they answer in NCHW.
+    """
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def _clip(y: Tensor, frames: int) -> Tensor:
+    return y.unsqueeze(2) if frames == 1 else y.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
 def _fits_fp16(norm: Any, conv: Any) -> bool:
     """Whether in a bf16 model nothing that `conv` multiplies can come near the end of fp16, with a factor 4 to spare.
 
@@ -171,10 +200,11 @@ def _attention(m: Any) -> Block | str:
 
 
 def _resample(m: Any) -> Block | str | None:
-    if m.mode != "upsample3d":  # on views already, but for paddings that the vendor's strided convolution needs
-        return None
-    hands = (Hand("", "forward", upsample), Hand("time_conv", "forward", doubling_conv))
-    return _unlike(m, ["time_conv"]) or Block(hands)
+    if m.mode == "upsample3d":
+        hands = (Hand("", "forward", upsample), Hand("time_conv", "forward", doubling_conv))
+        return _unlike(m, ["time_conv"]) or Block(hands)
+    forward = {"upsample2d": upsample, "downsample2d": downsample, "downsample3d": downsample}.get(m.mode)
+    return None if forward is None else Block((Hand("", "forward", forward),))
 
 
 def _up(m: Any) -> Block | str:
@@ -202,7 +232,7 @@ def _unlike(m: nn.Module, names: list[str], unlike: Callable[[nn.Module], str | 
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {
     **dict.fromkeys(("WanResidualBlock", "QwenImageResidualBlock", "QwenImage21ResidualBlock"), _residual),
     **dict.fromkeys(("WanAttentionBlock", "QwenImageAttentionBlock", "QwenImage21AttentionBlock"), _attention),
-    **dict.fromkeys(("WanResample", "QwenImageResample"), _resample),  # Qwen-Image-2.1 has no time
+    **dict.fromkeys(("WanResample", "QwenImageResample", "QwenImage21Resample"), _resample),
     **dict.fromkeys(("WanResidualUpBlock", "QwenImage21ResidualUpBlock"), _up),
     **dict.fromkeys(("WanResidualDownBlock", "QwenImage21ResidualDownBlock"), _down),
     **dict.fromkeys(
