@@ -1,10 +1,242 @@
-"""Forwards of blocks on the fused convolution."""
+"""Wan 2.1, Wan 2.2, Qwen-Image and Qwen-Image-2.1 on the fused convolution: the blocks of both encoder and decoder.
+
+Stock moves every activation three times around a causal convolution (clone of the kept frames, `cat` with the cache,
+`F.pad`) and once more for the residual. Here the convolution reads the cache where it lies and adds the residual before
+it rounds. The loops over chunks, the list of caches and its order stay stock's: a slot holds the last two frames that
+went into a convolution, or "Rep" where an upsampler in time has seen the first latent alone.
+
+In a bf16 model the norms write fp16, three bits more in front of each convolution, where no activation can overflow it:
+an RMS norm is bounded by sqrt(C) |gamma| + |bias| whatever comes in. Frames are then kept in fp16 too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from vae_accel.families.row import Block
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-ROWS: dict[str, Callable[[Any], Block | str | None]] = {}
+from vae_accel.families.row import Block, Hand
+from vae_accel.families.wan_conv import causal_conv, doubling_conv, image_conv, unlike_causal, unlike_image
+from vae_accel.families.wan_shortcuts import average, duplicate, uneven
+from vae_accel.kernels._dispatch import FP16_MAX
+from vae_accel.rewrite import runs_stock
+
+KEPT = 2  # frames a causal convolution leaves for the next chunk
+
+Cache = list[Any] | None
+
+
+def residual_block(
+    block: Any,
+    below: Callable[..., Tensor],
+    half: bool,
+    x: Tensor,
+    feat_cache: Cache = None,
+    feat_idx: list[int] | None = None,
+) -> Tensor:
+    """[N, C, T, H, W] -> [N, C', T, H, W]; the shortcut is added by the second convolution."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    shortcut = block.conv_shortcut(x)
+    y = block.nonlinearity(_norm(block.norm1, half, x))
+    y = _chunk(block.conv1, feat_cache, feat_idx, y)
+    y = block.dropout(block.nonlinearity(_norm(block.norm2, half, y)))
+    return _chunk(block.conv2, feat_cache, feat_idx, y, residual=shortcut)
+
+
+def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Tensor) -> Tensor:
+    """Attention within each frame of [N, C, T, H, W]: channels-last, every step but the arithmetic is a view."""
+    if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
+        return below(x)
+    frames = _pictures(x)
+    qkv = block.to_qkv(_norm(block.norm, half, frames)).flatten(2).transpose(1, 2).contiguous()
+    y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, x.shape[3:])
+    return _clip(block.proj(y, residual=frames), x.shape[2])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head over all channels: [N, L, C] each, in rows of adjacent channels, -> [N, L, C]."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+
+
+def upsample(
+    module: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """[N, C, T, H, W] -> [N, C', T, 2H, 2W]; `upsample3d` 2T frames, but of the first latent and without a cache."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if x.numel() == 0 or runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    if module.mode == "upsample3d" and feat_cache is not None:
+        slot = feat_idx[0]
+        if feat_cache[slot] is None:
+            feat_cache[slot] = "Rep"
+            feat_idx[0] += 1
+        else:
+            if isinstance(feat_cache[slot], str):  # zeros stand in front: the first latent never enters time
+                feat_cache[slot] = None
+            x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
+    return _clip(module.resample(_pictures(x)), x.shape[2])
+
+
+def downsample(
+    module: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """[N, C, T, H, W] -> [N, C, T, H/2, W/2]; `downsample3d` T/2 frames, but of a first frame and without a cache."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if x.numel() == 0 or runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    y = _clip(module.resample(_pictures(x)), x.shape[2])
+    if module.mode != "downsample3d" or feat_cache is None:
+        return y
+    slot = feat_idx[0]
+    feat_idx[0] += 1
+    previous, feat_cache[slot] = feat_cache[slot], y if y.shape[2] == 1 else y[:, :, -1:].clone()
+    return y if previous is None else module.time_conv(torch.cat([previous.to(y.device), y], 2))
+
+
+def up_block(
+    block: Any,
+    below: Callable[..., Tensor],
+    x: Tensor,
+    feat_cache: Cache = None,
+    feat_idx: list[int] | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    """Wan 2.2's, without the clone of its input; the shortcut is added as it is read."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx, first_chunk)
+    y = x
+    for layer in (*block.resnets, block.upsampler):
+        y = y if layer is None else layer(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y if block.avg_shortcut is None else block.avg_shortcut(x, first_chunk=first_chunk, residual=y)
+
+
+def down_block(
+    block: Any, below: Callable[..., Tensor], x: Tensor, feat_cache: Cache = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """Wan 2.2's, without the clone of its input."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    if runs_stock(x):
+        return below(x, feat_cache, feat_idx)
+    y = x
+    for layer in (*block.resnets, block.downsampler):
+        y = y if layer is None else layer(y, feat_cache=feat_cache, feat_idx=feat_idx)
+    return y + block.avg_shortcut(x)
+
+
+def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
+    return norm(x, dtype=torch.float16) if half and x.dtype == torch.bfloat16 else norm(x)
+
+
+def _chunk(conv: nn.Module, feat_cache: Cache, feat_idx: list[int], x: Tensor, **more: Any) -> Tensor:
+    """Convolves a chunk behind the frames that the one before it left, and leaves its own."""
+    if feat_cache is None:
+        return conv(x, **more)
+    slot = feat_idx[0]
+    feat_idx[0] += 1
+    previous, feat_cache[slot] = feat_cache[slot], _kept(x, feat_cache[slot])
+    return conv(x, previous, **more)
+
+
+def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
+    """The last two frames; a chunk of one borrows the other. Cloned only where a longer chunk would be kept alive."""
+    if x.shape[2] > KEPT:
+        return x[:, :, -KEPT:].clone()
+    if x.shape[2] == KEPT or previous is None:
+        return x
+    return torch.cat([previous[:, :, -1:].to(x), x], 2)
+
+
+def _pictures(x: Tensor) -> Tensor:
+    """[N, C, T, H, W] as [N T, C, H, W], a view if channels-last.
+
+    One frame by indexing: `view` and `flatten` give dimensions of size 1 the stride of a channel, which is no memory
+    format to `F.pad` and `torch.cat`, and they answer in NCHW.
+    """
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def _clip(y: Tensor, frames: int) -> Tensor:
+    return y.unsqueeze(2) if frames == 1 else y.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _fits_fp16(norm: Any, conv: Any) -> bool:
+    """Whether in a bf16 model nothing that `conv` multiplies can come near the end of fp16, with a factor 4 to spare.
+
+    Read once: should larger weights be loaded later, the norm saturates. Weights on meta (offloaded) cannot be read.
+    """
+    bias = norm.bias if isinstance(norm.bias, Tensor) else norm.gamma.new_zeros(1)
+    parameters = [p.detach() for p in (norm.gamma, bias, conv.weight)]
+    if any(p.dtype != torch.bfloat16 or p.device.type == "meta" for p in parameters):
+        return False
+    gamma, shift, weight = (float(p.abs().max()) for p in parameters)
+    return max(math.sqrt(norm.gamma.numel()) * gamma + shift, weight) < FP16_MAX / 4
+
+
+def _residual(m: Any) -> Block | str:
+    names = [name for name in ("conv1", "conv2", "conv_shortcut") if type(getattr(m, name)) is not nn.Identity]
+    reason = _unlike(m, names)
+    if reason is not None:
+        return reason
+    half = _fits_fp16(m.norm1, m.conv1) and _fits_fp16(m.norm2, m.conv2)
+    hands = (Hand(name, "forward", causal_conv) for name in names)
+    return Block((Hand("", "forward", residual_block, (half,)), *hands), ("norm1", "norm2") if half else ())
+
+
+def _attention(m: Any) -> Block | str:
+    names = ["to_qkv", "proj"]
+    reason = _unlike(m, names, unlike_image)
+    if reason is not None:
+        return reason
+    half = _fits_fp16(m.norm, m.to_qkv)
+    hands = (Hand(name, "forward", image_conv) for name in names)
+    return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
+
+
+def _resample(m: Any) -> Block | str | None:
+    if m.mode == "upsample3d":
+        hands = (Hand("", "forward", upsample), Hand("time_conv", "forward", doubling_conv))
+        return _unlike(m, ["time_conv"]) or Block(hands)
+    forward = {"upsample2d": upsample, "downsample2d": downsample, "downsample3d": downsample}.get(m.mode)
+    return None if forward is None else Block((Hand("", "forward", forward),))
+
+
+def _up(m: Any) -> Block | str:
+    hand, shortcut = Hand("", "forward", up_block), m.avg_shortcut
+    if shortcut is None:
+        return Block((hand,))
+    return uneven(shortcut, shortcut.repeats) or Block((hand, Hand("avg_shortcut", "forward", duplicate)))
+
+
+def _down(m: Any) -> Block | str:
+    hands = (Hand("", "forward", down_block), Hand("avg_shortcut", "forward", average))
+    return uneven(m.avg_shortcut, m.avg_shortcut.group_size) or Block(hands)
+
+
+def _ends(m: Any) -> Block | str:
+    names = ["conv_in", "conv_out"]
+    return _unlike(m, names) or Block(tuple(Hand(name, "forward", causal_conv) for name in names))
+
+
+def _unlike(m: nn.Module, names: list[str], unlike: Callable[[nn.Module], str | None] = unlike_causal) -> str | None:
+    reasons = ((name, unlike(m.get_submodule(name))) for name in names)
+    return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+
+
+ROWS: dict[str, Callable[[Any], Block | str | None]] = {
+    **dict.fromkeys(("WanResidualBlock", "QwenImageResidualBlock", "QwenImage21ResidualBlock"), _residual),
+    **dict.fromkeys(("WanAttentionBlock", "QwenImageAttentionBlock", "QwenImage21AttentionBlock"), _attention),
+    **dict.fromkeys(("WanResample", "QwenImageResample", "QwenImage21Resample"), _resample),
+    **dict.fromkeys(("WanResidualUpBlock", "QwenImage21ResidualUpBlock"), _up),
+    **dict.fromkeys(("WanResidualDownBlock", "QwenImage21ResidualDownBlock"), _down),
+    **dict.fromkeys(
+        (f"{family}{part}3d" for family in ("Wan", "QwenImage", "QwenImage21") for part in ("Encoder", "Decoder")),
+        _ends,
+    ),
+}

@@ -148,14 +148,20 @@ def group_norm_modulated(
     )
 
 
-def rms_norm(module: Any, below: Callable[..., Tensor], act: bool, x: Tensor) -> Tensor:
-    """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False."""
+def rms_norm(
+    module: Any, below: Callable[..., Tensor], act: bool, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False.
+
+    `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's.
+    """
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
     dim = 1 if getattr(module, "channel_first", True) else -1
     if _runs_stock(x, module.gamma, bias) or x.shape[dim] != module.gamma.numel():
         return _silu(below(x), act)
-    return rms_norm_act(x.movedim(dim, 1), module.gamma, bias, L2_EPS, act=act, mode="l2").movedim(1, dim)
+    x = x.movedim(dim, 1)
+    return rms_norm_act(x, module.gamma, bias, L2_EPS, act=act, mode="l2", dtype=dtype).movedim(1, dim)
 
 
 def rms_norm_in_fp32(module: Any, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
