@@ -20,9 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_accel.families.row import Block, Hand
-from vae_accel.families.wan_conv import causal_conv, doubling_conv, image_conv, unlike_causal, unlike_image
+from vae_accel.families.wan_conv import (
+    causal_conv,
+    doubling_conv,
+    image_conv,
+    unlike_causal,
+    unlike_image,
+    upsampled_conv,
+)
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels._dispatch import FP16_MAX
+from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
+from vae_accel.kernels.winograd import suits as in_pairs
 from vae_accel.rewrite import runs_stock
 
 KEPT = 2  # frames a causal convolution leaves for the next chunk
@@ -43,20 +52,21 @@ def residual_block(
     if runs_stock(x):
         return below(x, feat_cache, feat_idx)
     shortcut = block.conv_shortcut(x)
-    y = block.nonlinearity(_norm(block.norm1, half, x))
-    y = _chunk(block.conv1, feat_cache, feat_idx, y)
-    y = block.dropout(block.nonlinearity(_norm(block.norm2, half, y)))
-    return _chunk(block.conv2, feat_cache, feat_idx, y, residual=shortcut)
+    y = _normed_conv(block.norm1, block.conv1, half, x, feat_cache, feat_idx)
+    if block.training and block.dropout.p:
+        y = block.dropout(block.nonlinearity(_norm(block.norm2, half, y)))
+        return _chunk(block.conv2, feat_cache, feat_idx, y, residual=shortcut)
+    return _normed_conv(block.norm2, block.conv2, half, y, feat_cache, feat_idx, residual=shortcut)
 
 
 def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Tensor) -> Tensor:
     """Attention within each frame of [N, C, T, H, W]: channels-last, every step but the arithmetic is a view."""
     if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
         return below(x)
-    frames = _pictures(x)
+    frames = pictures(x)
     qkv = block.to_qkv(_norm(block.norm, half, frames)).flatten(2).transpose(1, 2).contiguous()
     y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, x.shape[3:])
-    return _clip(block.proj(y, residual=frames), x.shape[2])
+    return clip(block.proj(y, residual=frames), x.shape[2])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +90,7 @@ def upsample(
             if isinstance(feat_cache[slot], str):  # zeros stand in front: the first latent never enters time
                 feat_cache[slot] = None
             x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
-    return _clip(module.resample(_pictures(x)), x.shape[2])
+    return clip(module.resample[1](pictures(x), small=True), x.shape[2])
 
 
 def downsample(
@@ -90,7 +100,7 @@ def downsample(
     feat_idx = [0] if feat_idx is None else feat_idx
     if x.numel() == 0 or runs_stock(x):
         return below(x, feat_cache, feat_idx)
-    y = _clip(module.resample(_pictures(x)), x.shape[2])
+    y = clip(module.resample(pictures(x)), x.shape[2])
     if module.mode != "downsample3d" or feat_cache is None:
         return y
     slot = feat_idx[0]
@@ -130,6 +140,20 @@ def down_block(
     return y + block.avg_shortcut(x)
 
 
+def _normed_conv(
+    norm: Any, conv: Any, half: bool, x: Tensor, feat_cache: Cache, feat_idx: list[int], **more: Any
+) -> Tensor:
+    """The convolution of a norm with its SiLU, by pairs of frames where that is worth it."""
+    if not (half and in_pairs(x, conv.out_channels, conv.kernel_size) and norm.bias == 0.0):
+        return _chunk(conv, feat_cache, feat_idx, _norm(norm, half, x), **more)
+    previous = None if feat_cache is None else feat_cache[feat_idx[0]]
+    y, kept = norm(x, pairs=True, history=previous)
+    if feat_cache is not None:
+        feat_cache[feat_idx[0]] = kept
+        feat_idx[0] += 1
+    return conv(y, pairs=True, **more)
+
+
 def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
     return norm(x, dtype=torch.float16) if half and x.dtype == torch.bfloat16 else norm(x)
 
@@ -147,23 +171,10 @@ def _chunk(conv: nn.Module, feat_cache: Cache, feat_idx: list[int], x: Tensor, *
 def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
     """The last two frames; a chunk of one borrows the other. Cloned only where a longer chunk would be kept alive."""
     if x.shape[2] > KEPT:
-        return x[:, :, -KEPT:].clone()
+        return last_frames(x, KEPT) if is_bordered(x) else x[:, :, -KEPT:].clone()
     if x.shape[2] == KEPT or previous is None:
         return x
     return torch.cat([previous[:, :, -1:].to(x), x], 2)
-
-
-def _pictures(x: Tensor) -> Tensor:
-    """[N, C, T, H, W] as [N T, C, H, W], a view if channels-last.
-
-    One frame by indexing: `view` and `flatten` give dimensions of size 1 the stride of a channel, which is no memory
-    format to `F.pad` and `torch.cat`, and they answer in NCHW.
-    """
-    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
-
-
-def _clip(y: Tensor, frames: int) -> Tensor:
-    return y.unsqueeze(2) if frames == 1 else y.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 def _fits_fp16(norm: Any, conv: Any) -> bool:
@@ -201,10 +212,14 @@ def _attention(m: Any) -> Block | str:
 
 def _resample(m: Any) -> Block | str | None:
     if m.mode == "upsample3d":
-        hands = (Hand("", "forward", upsample), Hand("time_conv", "forward", doubling_conv))
-        return _unlike(m, ["time_conv"]) or Block(hands)
-    forward = {"upsample2d": upsample, "downsample2d": downsample, "downsample3d": downsample}.get(m.mode)
-    return None if forward is None else Block((Hand("", "forward", forward),))
+        hands = (*_UPSAMPLE, Hand("time_conv", "forward", doubling_conv))
+        return _unlike(m, ["time_conv"]) or _unlike(m, ["resample.1"], unlike_image) or Block(hands)
+    if m.mode == "upsample2d":
+        return _unlike(m, ["resample.1"], unlike_image) or Block(_UPSAMPLE)
+    return Block((Hand("", "forward", downsample),)) if m.mode in ("downsample2d", "downsample3d") else None
+
+
+_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv))
 
 
 def _up(m: Any) -> Block | str:

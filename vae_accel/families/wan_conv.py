@@ -10,24 +10,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
-from vae_accel.kernels._dispatch import empty_in_layout_of
+from vae_accel.families.upsamplers import foldable, mark
+from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
+from vae_accel.kernels.conv import unsupported
+from vae_accel.kernels.thin_conv import MOST, thin_conv
+from vae_accel.kernels.upsample_conv import upsample_conv
+from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
 
 CAUSAL = ("WanCausalConv3d", "QwenImageCausalConv3d", "QwenImage21CausalConv3d")  # the last is a Conv2d
 
 
 def causal_conv(
-    conv: Any, below: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None, residual: Tensor | None = None
+    conv: Any,
+    below: Callable[..., Tensor],
+    x: Tensor,
+    cache_x: Tensor | None = None,
+    residual: Tensor | None = None,
+    pairs: bool = False,
 ) -> Tensor:
-    """[N, C, T, H, W] behind the frames `cache_x` [N, C, 1 or 2, H, W], or zeros, plus `residual` [N, C', T, H, W]."""
+    """[N, C, T, H, W] behind the frames `cache_x` [N, C, 1 or 2, H, W], or zeros, plus `residual` [N, C', T, H, W].
+
+    With `pairs`, of a clip that `rms_norm_pairs` transformed, its history with it.
+    """
+    if pairs:
+        return conv_pairs(x, conv.weight, conv.bias, residual=residual)
     history = _history(conv, cache_x)
     if _ours(conv, x, residual) and _continues(conv, x, history):
-        return _convolve(conv, x, history, conv.weight, conv.bias, residual)
+        return _convolve(conv, x, history, residual)
     return _added(below(_plain(conv, x), _plain(conv, cache_x)), residual)
 
 
@@ -41,11 +57,18 @@ def doubling_conv(
     if not (_ours(conv, x) and _continues(conv, x, history)):
         y = below(_plain(conv, x), _plain(conv, cache_x)).unflatten(1, (2, -1))
         return torch.stack((y[:, 0], y[:, 1]), 3).flatten(2, 3)
-    n, _, t, h, w = x.shape
-    clip = empty_in_layout_of(x, (n, conv.out_channels // 2, 2 * t, h, w), conv.weight.dtype)
-    for phase, (weight, bias) in enumerate(zip(conv.weight.chunk(2), conv.bias.chunk(2), strict=True)):
-        _convolve(conv, x, history, weight, bias, out=clip[:, :, phase::2])
-    return clip
+    return fused(x, conv.weight, conv.bias, before=conv._padding[4], history=history, split=2)
+
+
+def upsampled_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, small: bool = False) -> Tensor:
+    """nn.Conv2d behind a nearest 2x: with `small`, of [N, C, H, W] before it, to [N, C', 2H, 2W]."""
+    if not small:
+        return below(x)
+    if _ours(conv, x) and unsupported(x, conv.weight, conv.padding) is None:
+        return upsample_conv(x, conv.weight, conv.bias)
+    if "_conv_forward" in vars(conv) and foldable(x, conv):  # folded_upsample's
+        return below(mark(x, single=True))
+    return below(F.interpolate(x, scale_factor=2.0))
 
 
 def image_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -76,22 +99,17 @@ def _unlike(conv: nn.Module, known: tuple[str, ...]) -> str | None:
     return unusable_weight(conv)
 
 
-def _convolve(
-    conv: Any,
-    x: Tensor,
-    history: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    padding = (conv._padding[2], conv._padding[0])
+def _convolve(conv: Any, x: Tensor, history: Tensor | None, residual: Tensor | None) -> Tensor:
+    padding, before, weight = (conv._padding[2], conv._padding[0]), conv._padding[4], conv.weight
+    if history is not None and history.dtype != x.dtype:
+        history = history.to(x.dtype)
+    if conv.out_channels <= MOST and padding == (1, 1):
+        return thin_conv(x, weight, conv.bias, before=before, history=history)
     if x.shape[2] == 1 and history is None:  # behind zeros only the last tap sees anything: a third of the work
         last = weight if weight.dim() == 4 else weight[:, :, -1]
-        residual, out = (None if y is None else y[:, :, 0] for y in (residual, out))
-        return fused(x[:, :, 0], last, bias, padding=padding, residual=residual, out=out).unsqueeze(2)
-    history = None if history is None else history.to(x)
-    return fused(x, weight, bias, padding=padding, before=conv._padding[4], history=history, residual=residual, out=out)
+        residual = None if residual is None else pictures(residual)
+        return clip(fused(pictures(x), last, conv.bias, padding=padding, residual=residual), 1)
+    return fused(x, weight, conv.bias, padding=padding, before=before, history=history, residual=residual)
 
 
 def _history(conv: Any, cache_x: Tensor | None) -> Tensor | None:

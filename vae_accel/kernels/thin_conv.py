@@ -2,7 +2,7 @@
 
 As a product over shifted pixels it reads its input 27 times for 3 columns of a tile that is 16 wide at least (24
 TFLOP/s in cuDNN, 1.03 ms on four frames of 480 x 832). Here one product makes, at each pixel, what it gives to each of
-its 9 neighbours (27 columns, the taps in time summed), and a second pass gathers them.
+its 9 neighbours, the taps in time summed, as 27 planes of fp32; a second pass gathers them.
 """
 
 from __future__ import annotations
@@ -15,32 +15,59 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyKernel, differentiates
-from .conv import _launch as _convolve
-from .conv import reference, unsupported
+from .conv import Tile, _block_of, _rows_of, reference, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
 
-MOST = 7  # output channels, 9 of each fit 64 columns
-COLUMNS = (32, 64)
+COLUMNS = (32, 64)  # so many of 9 times the output channels
+MOST = COLUMNS[-1] // 9
 
 
 @LazyKernel
-def _gather(y, bias, out, total, frames, H, W, ROW, FRAME, COLUMNS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr):
-    """`y` [pixels, COLUMNS] fp32 from the first picture pixel on, `out` [N, O, T, H, W] with T * H * W = total."""
+def _products(
+    x, history, w, out, frames, T, K, FRAME,
+    BEFORE: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x`, `history`: [pixels, C]. `w`: [COLS, KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, the border with it."""
+    f = tl.program_id(0) % frames
+    o0 = tl.program_id(0) // frames * ROWS
+    n = f // T
+    t = f % T
+    acc = tl.full([ROWS, COLS], 0, tl.float32)
+    here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
+    if history is not None:
+        past = (n * K + K + t - BEFORE) * FRAME + o0
+        for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
+            acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
+    now = (f - BEFORE) * FRAME + o0
+    for i in tl.range(here * KB, KT * KB, num_stages=STAGES):
+        acc = tl.dot(x.load([now + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
+    pixel = o0 + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    tl.store(out + (f.to(tl.int64) * COLS + col) * FRAME + pixel, acc, mask=pixel < FRAME)
+
+
+@LazyKernel
+def _gather(
+    y, bias, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`y` [frames, COLS, FRAME] to `out` [N, O, T, H, W] with T * H * W = total."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1)
     inside = item < total
     w = item % W
     h = item // W % H
     t = item // (W * H)
-    pixel = (n * frames + t).to(tl.int64) * FRAME + h * ROW + w
+    plane = (n * frames + t).to(tl.int64) * COLS
     for o in tl.static_range(O):
         value = tl.full([BLOCK], 0, tl.float32)
         if bias is not None:
             value += tl.load(bias + o).to(tl.float32)
         for tap in tl.static_range(9):
-            source = pixel + (tap // 3 - 1) * ROW + tap % 3 - 1
-            value += tl.load(y + source * COLUMNS + tap * O + o, mask=inside, other=0)
+            pixel = (h + tap // 3) * ROW + w + tap % 3
+            # Below the last row is the next frame's border, of which this frame's planes hold nothing.
+            value += tl.load(y + (plane + tap * O + o) * FRAME + pixel, mask=inside & (pixel < FRAME), other=0)
         target = out + (n * O + o).to(tl.int64) * total + item
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
@@ -52,20 +79,31 @@ def thin_conv(
 
     `before` and `history` as in `conv`. The result is contiguous `[N, O, (T',) H, W]` in the weight's dtype.
     """
-    columns = next(c for c in COLUMNS if c >= 9 * weight.shape[0])
-    products = weight.new_empty((columns, weight.shape[1], 1, 1))
+    o, i, *time = weight.shape[:-2]
+    columns = next(c for c in COLUMNS if c >= 9 * o)
+    products = weight.new_empty((columns, i, 1, 1))
     if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
         return reference(x, weight, bias, padding=(1, 1), before=before, history=history)
-    o, i, *time = weight.shape[:-2]
-    taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2)  # (kh, kw, o), i, (kt)
-    taps = F.pad(taps.flatten(1), (0, 0, 0, columns - taps.shape[0])).view(columns, i, *time, 1, 1)
-    y = _convolve(x, taps, None, before, history, None, 1, out_dtype=torch.float32)
-    n, _, *spatial = y.shape
-    out = torch.empty((n, o, *spatial), dtype=weight.dtype, device=x.device)
-    place, total = bordered.geometry(y), out[0, 0].numel()
+    depth = 64 if i % 64 == 0 else 32
+    tile = Tile(256, columns, 0, depth, 4, 8)
+    taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
+    matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
+    x = bordered.bordered(x)
+    history = None if history is None else bordered.bordered(history, x.dtype)
+    n, kt, place = x.shape[0], taps.shape[1], bordered.geometry(x)
+    frames = (place.frames // n + before - kt + 1) * n
+    y = torch.empty((frames, columns, place.frame), dtype=torch.float32, device=x.device)
+    out = x.new_empty((n, o, *([frames // n] if time else []), *x.shape[-2:]), dtype=weight.dtype)
+    total = out[0, 0].numel()
     with torch.cuda.device_of(x):
+        _products[(frames * -(-place.frame // tile.rows),)](
+            _rows_of(x, 1, tile), None if history is None else _rows_of(history, 1, tile),
+            _block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
+            place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), ROWS=tile.rows, COLS=columns,
+            DEPTH=depth, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
         _gather[-(-total // 512), n](
-            bordered.pixels_of(y)[place.first :], bias, out, total, place.frames // n, place.height, place.width,
-            place.row, place.frame, COLUMNS=columns, O=o, BLOCK=512, num_warps=4,
+            y, bias, out, total, frames // n, place.height, place.width, place.row, place.frame,
+            COLS=columns, O=o, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return out

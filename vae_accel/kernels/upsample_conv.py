@@ -71,7 +71,7 @@ def _upsample_conv(
     h = pixel // ROW
     v = pixel % ROW
     col = n0 + tl.arange(0, COLS)
-    wide = 2 * W + 1
+    wide = 2 * W + 2
     target = (f * (2 * H + 1) + 2 * h + a + 1).to(tl.int64) * wide + 2 * v + b + 1
     mask = ((h < H) & (v < W))[:, None] & (col < O)[None, :]
     tl.store(out + target[:, None] * O + col[None, :], acc.to(out.dtype.element_ty), mask=mask)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyFunction, LazyKernel, next_power_of_2, triton_available
-from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, unsupported
+from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of
 from .rms_norm_act import reference as rms_norm_reference
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -150,12 +150,14 @@ def _conv_pairs(
         _finish(out2, q2, 2 * pair + 1, o0, n0 + COLS, ROW, H, W, ROWS, MORE)
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the convolution of `[N, C, T, H, W]` by `weight` is worth transforming: by what was measured (`tile_of`)."""
-    if weight.dim() != 5 or tuple(weight.shape[2:]) != (3, 3, 3) or x.shape[2] % 2 or weight.dtype != torch.bfloat16:
+def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
+    """Whether the convolution of a normed bf16 `[N, C, T, H, W]` is worth transforming, as measured (`tile_of`)."""
+    if tuple(kernel) != (3, 3, 3) or x.dim() != 5 or x.shape[2] % 2 or x.dtype != torch.bfloat16:
         return False
-    half = x[:, :, :0].to(torch.float16)
-    return tile_of(*weight.shape[:2]) is not None and unsupported(half, weight, (1, 1)) is None
+    channels = x.shape[1]
+    if tile_of(channels_out, channels) is None or not triton_available(x):
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:

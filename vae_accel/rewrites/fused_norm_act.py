@@ -30,6 +30,7 @@ from vae_accel.families import norms
 from vae_accel.kernels.group_norm_act import group_norm_act
 from vae_accel.kernels.group_norm_modulate_act import group_norm_modulate_act
 from vae_accel.kernels.rms_norm_act import rms_norm_act
+from vae_accel.kernels.winograd import rms_norm_pairs
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 
 L2_EPS = 1e-12  # of F.normalize
@@ -149,19 +150,30 @@ def group_norm_modulated(
 
 
 def rms_norm(
-    module: Any, below: Callable[..., Tensor], act: bool, x: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
+    module: Any,
+    below: Callable[..., Tensor],
+    act: bool,
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+    pairs: bool = False,
+    history: Tensor | None = None,
+) -> Any:
     """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False.
 
-    `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's.
+    `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's. With
+    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`.
     """
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
     dim = 1 if getattr(module, "channel_first", True) else -1
     if _runs_stock(x, module.gamma, bias) or x.shape[dim] != module.gamma.numel():
         return _silu(below(x), act)
-    x = x.movedim(dim, 1)
-    return rms_norm_act(x, module.gamma, bias, L2_EPS, act=act, mode="l2", dtype=dtype).movedim(1, dim)
+    if pairs:
+        assert bias is None and dim == 1
+        return rms_norm_pairs(x, module.gamma, L2_EPS, history, act=act)
+    if dim == 1:
+        return rms_norm_act(x, module.gamma, bias, L2_EPS, act=act, dtype=dtype)
+    return rms_norm_act(x.movedim(-1, 1), module.gamma, bias, L2_EPS, act=act, dtype=dtype).movedim(1, -1)
 
 
 def rms_norm_in_fp32(module: Any, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
