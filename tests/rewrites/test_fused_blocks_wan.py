@@ -209,17 +209,23 @@ def test_frames_kept_in_another_dtype_are_read() -> None:
     assert other[0].dtype == torch.float16
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_call_that_runs_stock_is_given_the_dtype_of_the_model(grad: bool) -> None:
-    block = optimized(residual_block(torch.bfloat16), NORMS).requires_grad_(grad)
-    y = block(clip(1, 4, 2, 5, 7, dtype=torch.bfloat16).requires_grad_(not grad))
-    y.float().sum().backward()
+@pytest.mark.parametrize("trained", ["", "conv1", "everything", "input"])
+def test_a_call_that_runs_stock_is_given_the_dtype_of_the_model(trained: str) -> None:
+    stock, ours = residual_block(torch.bfloat16), optimized(residual_block(torch.bfloat16), NORMS)
+    gradients = []
+    for block in (stock, ours):
+        x = clip(1, 4, 2, 5, 7, dtype=torch.bfloat16).requires_grad_(trained == "input")
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(trained == "everything" or (trained != "" and name.startswith(trained)))
+        y = block(x)
+        assert y.dtype == torch.bfloat16 and y.requires_grad == (trained != "")
+        if y.requires_grad:
+            y.float().square().sum().backward()
+        gradients.append([p.grad for p in (x, *block.parameters()) if p.grad is not None])
+    for actual, expected in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert block(clip(1, 4, 2, 5, 7, dtype=torch.float32)).isfinite().all()
-
-
-def causal(kernel: Any, padding: Any, wide: int = 6) -> Any:
-    return randomised(nn.ModuleDict({"time_conv": wan.WanCausalConv3d(4, wide, kernel, padding=padding)})).time_conv
+        assert ours(clip(1, 4, 2, 5, 7, dtype=torch.float32)).isfinite().all()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
@@ -255,6 +261,18 @@ def test_frames_are_resampled_and_kept_as_stock_does(mode: str, layout: torch.me
         assert places[0] == places[1] == [int(mode == "downsample3d")]
         if mode == "downsample3d":
             assert_close(caches[1][0], caches[0][0])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@torch.no_grad()
+def test_a_single_frame_keeps_the_strides_of_its_memory_format(frames: int) -> None:
+    """The stride of a dimension of size 1 decides whether `F.pad` and `torch.cat` answer channels-last."""
+    module, seen = optimized(randomised(wan.WanResample(4, "downsample3d")), ALONE), []
+    module.resample.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.resample.register_forward_hook(lambda m, _, y: y.contiguous(memory_format=torch.channels_last))
+    seen.append(module(clip(1, 4, frames, 6, 10).contiguous(memory_format=torch.channels_last_3d)))
+    for x in seen:
+        assert x.stride() == torch.empty(x.shape).to(memory_format=FORMATS[x.dim()]).stride()
 
 
 def test_a_resample_without_an_operation_is_not_taken() -> None:
