@@ -49,14 +49,11 @@ def residual_block(
 ) -> Tensor:
     """[N, C, T, H, W] -> [N, C', T, H, W]; the shortcut is added by the second convolution."""
     feat_idx = [0] if feat_idx is None else feat_idx
-    if runs_stock(x):
+    if runs_stock(x) or (block.training and block.dropout.p):
         return below(x, feat_cache, feat_idx)
     shortcut = block.conv_shortcut(x)
-    y = _normed_conv(block.norm1, block.conv1, half, x, feat_cache, feat_idx)
-    if block.training and block.dropout.p:
-        y = block.dropout(block.nonlinearity(_norm(block.norm2, half, y)))
-        return _chunk(block.conv2, feat_cache, feat_idx, y, residual=shortcut)
-    return _normed_conv(block.norm2, block.conv2, half, y, feat_cache, feat_idx, residual=shortcut)
+    y = _normed_conv(block, 1, half, x, feat_cache, feat_idx)
+    return _normed_conv(block, 2, half, y, feat_cache, feat_idx, residual=shortcut)
 
 
 def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Tensor) -> Tensor:
@@ -141,11 +138,12 @@ def down_block(
 
 
 def _normed_conv(
-    norm: Any, conv: Any, half: bool, x: Tensor, feat_cache: Cache, feat_idx: list[int], **more: Any
+    block: Any, which: int, half: bool, x: Tensor, feat_cache: Cache, feat_idx: list[int], **more: Any
 ) -> Tensor:
-    """The convolution of a norm with its SiLU, by pairs of frames where that is worth it."""
-    if not (half and in_pairs(x, conv.out_channels, conv.kernel_size) and norm.bias == 0.0):
-        return _chunk(conv, feat_cache, feat_idx, _norm(norm, half, x), **more)
+    """A convolution behind its norm and SiLU, by pairs of frames where that is worth it."""
+    norm, conv = getattr(block, f"norm{which}"), getattr(block, f"conv{which}")
+    if not (half and in_pairs(x, conv.out_channels, conv.kernel_size) and not isinstance(norm.bias, Tensor)):
+        return _chunk(conv, feat_cache, feat_idx, block.nonlinearity(_norm(norm, half, x)), **more)
     previous = None if feat_cache is None else feat_cache[feat_idx[0]]
     y, kept = norm(x, pairs=True, history=previous)
     if feat_cache is not None:

@@ -68,7 +68,7 @@ def upsampled_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, small: bo
         return upsample_conv(x, conv.weight, conv.bias)
     if "_conv_forward" in vars(conv) and foldable(x, conv):  # folded_upsample's
         return below(mark(x, single=True))
-    return below(F.interpolate(x, scale_factor=2.0))
+    return below(F.interpolate(x.float(), scale_factor=2.0).to(x.dtype))  # stock's way, fp32 for fp64 too
 
 
 def image_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:

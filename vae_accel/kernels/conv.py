@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyFunction, LazyKernel, differentiates, triton_available
+from .causal_pad import causal_pad
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -279,8 +280,28 @@ def conv(
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
-    if differentiates(x, weight, bias, residual) or unsupported(x, weight, padding) is not None:
+    if differentiates(x, weight, bias, history, residual):
         return reference(
             x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
         )
+    if unsupported(x, weight, padding) is not None:
+        return _vendor(x, weight, bias, padding, before, history, residual, split)
     return _launch(x, weight, bias, before, history, residual, split)
+
+
+def _vendor(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: tuple[int, int],
+    before: int,
+    history: Tensor | None,
+    residual: Tensor | None,
+    split: int,
+) -> Tensor:
+    """The law, with the frames in front put there in one pass."""
+    if history is not None:
+        history = history.to(x.dtype)
+    if before:
+        x = causal_pad(x, (0, 0, 0, 0, before, 0), time="zeros", history=history)
+    return reference(x, weight, bias, padding=padding, residual=residual, split=split)
