@@ -104,15 +104,20 @@ def test_heads_of_the_flash_form(width, split):
     assert split_head(width) == split
 
 
-def test_fp64_and_a_gradient_are_stocks(device):
-    q, k, v = heads((1, 20, 48), torch.float64, device)
-    assert torch.equal(wide_head_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    q, k, v = (t.float().requires_grad_() for t in (q, k, v))
-    wide_head_attention(q, k, v).square().sum().backward()
-    ours = q.grad.clone()
-    q.grad = None
-    F.scaled_dot_product_attention(q, k, v).square().sum().backward()
-    assert torch.equal(ours, q.grad)
+def stock(q, k, v):
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_than_16_bits_are_stocks(device, dtype):
+    q, k, v = heads((1, 20, 48), dtype, device)
+    assert torch.equal(wide_head_attention(q, k, v), stock(q, k, v))
+
+
+def test_gradients_are_stocks(device):
+    q, k, v = (t.requires_grad_() for t in heads((1, 20, 48), torch.float16, device))
+    ours, theirs = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (wide_head_attention, stock))
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_empty_batch(device):

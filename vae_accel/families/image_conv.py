@@ -41,7 +41,7 @@ def _ours(conv: Any, x: Tensor, residual: Tensor | None) -> bool:
     if x.dim() != 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
         return False
     # Textures are made seamless by patching one of these two on a model in use.
-    if conv.padding_mode != "zeros" or "_conv_forward" in vars(conv):
+    if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
         return False
     fits = x.dtype == conv.weight.dtype or _is_half(conv, x)
     return fits and not runs_stock(x, residual, conv.weight, conv.bias)

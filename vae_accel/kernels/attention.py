@@ -134,14 +134,10 @@ def split_head(width: int) -> tuple[int, int] | None:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`[B, M, K] @ [B, K, N]` summed and kept in fp32 (the interpreter's CPU has no such GEMM of 16 bits)."""
-    if a.is_cuda and torch.version.cuda is not None and a.dtype != torch.float32 and "dtype" in _overloads():
+    """`[B, M, K] @ [B, K, N]` of 16 bits, summed and kept in fp32: on CUDA from torch 2.8, else of fp32 copies."""
+    if a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype"):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
-
-
-def _overloads() -> list[str]:
-    return torch.ops.aten.bmm.overloads()  # "dtype" since torch 2.8
 
 
 def _in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int = BUDGET) -> Tensor:
@@ -177,9 +173,14 @@ def _in_one_pass(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
+def _stock(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Four dimensions: with three it materialises all logits, whatever the device."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale).squeeze(1)
+
+
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float | None, form: str) -> Tensor:
-    if form == "sdpa" or not triton_available(q) or q.numel() == 0:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).contiguous()
+    if form == "sdpa" or q.dtype.itemsize != 2 or not triton_available(q) or q.numel() == 0:
+        return _stock(q, k, v, scale).contiguous()
     with torch.cuda.device_of(q):
         return (_in_one_pass if form == "flash" else _in_chunks)(
             q, k, v, q.shape[2] ** -0.5 if scale is None else scale
@@ -195,8 +196,8 @@ def wide_head_attention(
 ) -> Tensor:
     """`softmax(q kᵀ · scale) v` of one head: `[B, L, D]` three times, one dtype, and a contiguous `[B, L, D]`.
 
-    `scale` is 1/√D by default. Logits and sums are fp32. Where there is no Triton, in fp64, and where autograd records,
-    it is `scaled_dot_product_attention`.
+    `scale` is 1/√D by default. Logits and sums are fp32. Where there is no Triton, for more than 16 bits, and where
+    autograd records, it is `scaled_dot_product_attention`.
 
     Raises:
         ValueError: shapes or dtypes that differ, an unknown `form`, or a head the flash form does not take (channels
@@ -210,7 +211,7 @@ def wide_head_attention(
     if form == "flash" and split_head(q.shape[2]) is None:
         raise ValueError(f"the flash form does not take a head of {q.shape[2]} channels")
     if differentiates(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return _stock(q, k, v, scale)
     run = _op if torch.compiler.is_compiling() else _run
     return run(q, k, v, scale, form)
 
