@@ -1,9 +1,15 @@
 """Kernels run in Triton's interpreter on the CPU, and on a GPU where there is one, over poisoned memory."""
 
+import functools
+
 import pytest
 import torch
 
 from vae_accel.kernels._dispatch import LazyKernel
+
+
+def reduced(tl, combine, x, axis, keep_dims=False):
+    return tl.reduce(x, axis, combine, keep_dims)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -21,9 +27,9 @@ def device(request, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
     tl = triton.language
     if interpreted and isinstance(tl.sum, JITFunction):
-        # The one function written in Triton itself that the kernels call: jitted when Triton was imported.
-        combine = tl.standard._sum_combine
-        monkeypatch.setattr(tl, "sum", lambda x, axis, keep_dims=False: tl.reduce(x, axis, combine, keep_dims))
+        # The functions written in Triton itself that the kernels call: jitted when Triton was imported.
+        for name, combine in (("sum", tl.standard._sum_combine), ("max", tl.standard._elementwise_max)):
+            monkeypatch.setattr(tl, name, functools.partial(reduced, tl, combine))
     LazyKernel.unbind_all()
     yield "cpu" if interpreted else "cuda"
     LazyKernel.unbind_all()

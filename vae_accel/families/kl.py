@@ -1,10 +1,169 @@
-"""Forwards of blocks on the fused convolution."""
+"""The image autoencoders descended from Stable Diffusion's on the fused convolution: decoder and encoder.
+
+AutoencoderKL (SD, FLUX.1, Z-Image), AutoencoderKLFlux2, the two-dimensional half of SVD's, and HunyuanImage: residual
+blocks of GroupNorm, SiLU and a 3x3 convolution, twice; the shortcut is added by the second convolution before it
+rounds. In the middle stands attention with one head over all channels, whose every step but the arithmetic is a view
+of a channels-last picture. Upsamplers are `folded_upsample`'s.
+
+In a bf16 model the norms write fp16, three bits more in front of each convolution, where nothing can overflow it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from vae_accel.families.row import Block
+import torch
+from torch import Tensor, nn
 
-ROWS: dict[str, Callable[[Any], Block | str | None]] = {}
+from vae_accel.families.image_conv import image_conv, unlike
+from vae_accel.families.row import Block, Hand
+from vae_accel.kernels._dispatch import FP16_MAX, is_channels_last
+from vae_accel.kernels.attention import wide_head_attention
+from vae_accel.rewrite import runs_stock
+
+FUSED = 256  # channels of the widest head of every fused kernel of `scaled_dot_product_attention`
+Reach = tuple[float, float]
+
+
+def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args: Any, **kwargs: Any) -> Tensor:
+    """[N, C, H, W] -> [N, C', H, W]. A second argument (a time embedding, the deprecated `scale`) is stock's.
+
+    `reach` is that of each norm, see `reach`.
+    """
+    if not _alone(args, kwargs) or block.training or runs_stock(args[0]):
+        return below(*args, **kwargs)
+    x: Tensor = args[0]
+    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    y = block.conv1(block.nonlinearity(_norm(block.norm1, reach[0], x)))
+    return block.conv2(block.nonlinearity(_norm(block.norm2, reach[1], y)), residual=shortcut)
+
+
+def attention(attn: Any, below: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`Attention` over the pixels of [N, C, H, W] under its stock processor; masks and other sequences are stock's."""
+    if not _alone(args, kwargs) or not _is_picture(args[0]) or not _is_stock(attn.processor):
+        return below(*args, **kwargs)
+    x: Tensor = args[0]
+    pixels = attn.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+    y = wide_head_attention(attn.to_q(pixels), attn.to_k(pixels), attn.to_v(pixels))
+    for layer in attn.to_out:
+        y = layer(y)
+    y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return y + x if attn.residual_connection else y
+
+
+def hunyuan_attention(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """HunyuanImage's, [N, C, H, W]: 1x1 convolutions for projections, the last of which adds the residual."""
+    if not _is_picture(x):
+        return below(x)
+    y = block.norm(x)
+    q, k, v = (project(y).permute(0, 2, 3, 1).flatten(1, 2) for project in (block.to_q, block.to_k, block.to_v))
+    y = wide_head_attention(q, k, v).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return block.proj(y, residual=x)
+
+
+def reach(norm: Any, conv: Any) -> float:
+    """Up to how many elements of a group `norm` may write fp16 for `conv` in a bf16 model; 0 where never.
+
+    |GroupNorm| <= sqrt(n) max|gamma| + max|beta| for n elements, whatever comes in, and this keeps a factor 4 from the
+    end of fp16. Read once: should larger weights be loaded later, the norm saturates. Weights on meta (offloaded)
+    cannot be read.
+    """
+    parameters = [p.detach() for p in (norm.weight, norm.bias, conv.weight)]
+    if any(p.dtype != torch.bfloat16 or p.device.type == "meta" for p in parameters):
+        return 0.0
+    gamma, beta, weight = (float(p.abs().max()) for p in parameters)
+    room = FP16_MAX / 4 - beta
+    if weight >= FP16_MAX / 4 or room <= 0:
+        return 0.0
+    return (room / gamma) ** 2 if gamma else math.inf
+
+
+def _norm(norm: Any, reach: float, x: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16 and x[0].numel() // norm.num_groups < reach:
+        return norm(x, dtype=torch.float16)
+    return norm(x)
+
+
+def _alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a picture is all that a call gives."""
+    return len(args) > 0 and all(value is None for value in (*args[1:], *kwargs.values())) and args[0].dim() == 4
+
+
+def _is_picture(x: Tensor) -> bool:
+    return x.dim() == 4 and x.numel() > 0 and is_channels_last(x) and not runs_stock(x)
+
+
+def _is_stock(processor: Any) -> bool:
+    """A processor can be exchanged at any time (`fuse_qkv_projections`, xFormers)."""
+    return type(processor).__name__ == "AttnProcessor2_0"
+
+
+def _residual(m: Any) -> Block | str:
+    if m.up or m.down:
+        return "it resamples between its norm and its convolution"
+    if m.time_emb_proj is not None or m.time_embedding_norm == "scale_shift":
+        return "it is conditioned on a time step"
+    if m.output_scale_factor != 1:
+        return f"it divides its output by {m.output_scale_factor}"
+    return _blocks(m)
+
+
+def _hunyuan_residual(m: Any) -> Block | str:
+    if m.conv_shortcut is not None:  # which stock applies to the wrong tensor: no model has one
+        return "its shortcut is a convolution"
+    return _blocks(m)
+
+
+def _blocks(m: Any) -> Block | str:
+    names = [name for name in ("conv1", "conv2", "conv_shortcut") if getattr(m, name) is not None]
+    limits = reach(m.norm1, m.conv1), reach(m.norm2, m.conv2)
+    norms = ("norm1", "norm2") if any(limits) else ()
+    return _with_convs(m, names, (Hand("", "forward", residual_block, (limits,)),), norms)
+
+
+def _attention(m: Any) -> Block | str | None:
+    if m.heads != 1 or m.inner_dim <= FUSED:
+        return None
+    if not _is_stock(m.processor):
+        return f"its processor is a {type(m.processor).__name__}"
+    if m.group_norm is None or m.spatial_norm is not None or m.norm_q is not None or m.norm_k is not None:
+        return "it normalizes otherwise than by one GroupNorm in front"
+    if m.rescale_output_factor != 1:
+        return f"it divides its output by {m.rescale_output_factor}"
+    return Block((Hand("", "forward", attention),))
+
+
+def _hunyuan_attention(m: Any) -> Block | str | None:
+    if m.to_q.out_channels <= FUSED:
+        return None
+    return _with_convs(m, ["to_q", "to_k", "to_v", "proj"], (Hand("", "forward", hunyuan_attention),))
+
+
+def _ends(m: Any) -> Block | str | None:
+    if getattr(m, "mid_block", None) is None:  # DC-AE's, of the same name
+        return None
+    return _with_convs(m, ["conv_in", "conv_out"])
+
+
+def _resample(m: Any) -> Block | str:
+    return _with_convs(m, ["conv"])
+
+
+def _with_convs(
+    m: nn.Module, names: list[str], hands: tuple[Hand, ...] = (), norms: tuple[str, ...] = ()
+) -> Block | str:
+    reasons = ((name, unlike(m.get_submodule(name))) for name in names)
+    refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+    return refusal or Block((*hands, *(Hand(name, "forward", image_conv) for name in names)), norms)
+
+
+ROWS: dict[str, Callable[[Any], Block | str | None]] = {
+    "ResnetBlock2D": _residual,
+    "HunyuanImageResnetBlock": _hunyuan_residual,
+    "Attention": _attention,
+    "HunyuanImageAttentionBlock": _hunyuan_attention,
+    **dict.fromkeys(("Encoder", "Decoder", "TemporalDecoder", "HunyuanImageEncoder2D", "HunyuanImageDecoder2D"), _ends),
+    **dict.fromkeys(("HunyuanImageDownsample", "HunyuanImageUpsample"), _resample),  # pixels are shuffled, not repeated
+}

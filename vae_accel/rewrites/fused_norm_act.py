@@ -76,11 +76,20 @@ class FusedNormAct(Rewrite):
             pen.method(silences, "forward", silent)
 
 
-def group_norm(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor) -> Tensor:
-    """nn.GroupNorm over [N, C, *spatial]."""
+def group_norm(
+    module: nn.GroupNorm,
+    below: Callable[..., Tensor],
+    act: bool,
+    input: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """nn.GroupNorm over [N, C, *spatial].
+
+    `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps the input's.
+    """
     if _runs_stock(input, module.weight, module.bias) or input.shape[1] != module.num_channels:
         return _silu(below(input), act)
-    return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act)
+    return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act, dtype=dtype)
 
 
 def group_norm_of_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor) -> Tensor:

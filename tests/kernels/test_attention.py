@@ -1,0 +1,149 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vae_accel.kernels import attention
+from vae_accel.kernels._dispatch import LazyKernel
+from vae_accel.kernels.attention import chunks, reference, split_head, wide_head_attention
+
+KERNEL_FORMS = ["chunks", "flash"]
+DTYPES = [torch.bfloat16, torch.float16]
+SHAPES = [(1, 128, 64), (2, 77, 48), (3, 33, 96), (1, 200, 384)]
+
+
+def heads(shape, dtype, device, spread=1.7):
+    q, k, v = (torch.randn(shape, device=device) for _ in range(3))
+    return (q * spread).to(dtype), (k * spread).to(dtype), v.to(dtype)
+
+
+def rms(x):
+    return float(x.double().square().mean().sqrt())
+
+
+def assert_right(out, q, k, v, scale):
+    """Within the rounding of the probabilities and of the result: 2^-8 of bf16, 2^-11 of fp16, together 1.5 of one."""
+    golden = reference(q.double(), k.double(), v.double(), scale)
+    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    assert rms(out.double() - golden) <= 1.5 * torch.finfo(q.dtype).eps * rms(golden)
+    assert float((out.double() - golden).abs().max()) <= 4 * torch.finfo(q.dtype).eps * float(golden.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", KERNEL_FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_fp64(device, shape, form, dtype):
+    q, k, v = heads(shape, dtype, device)
+    if form == "flash" and dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton 3.7's interpreter multiplies the bits of bf16 matrices, not their values")
+    out = wide_head_attention(q, k, v, form=form)
+    assert LazyKernel.bound
+    assert_right(out, q, k, v, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("form", KERNEL_FORMS)
+def test_large_logits_do_not_overflow(device, form):
+    """Logits of a few thousand, one key far above the rest: the result is that key's value."""
+    q, k, v = heads((1, 70, 64), torch.float16, device, spread=40)
+    assert_right(wide_head_attention(q, k, v, 1.0, form=form), q, k, v, 1.0)
+
+
+@pytest.mark.parametrize("form", KERNEL_FORMS)
+def test_the_weights_add_up_to_one(device, form):
+    """Of equal values the mean is that value, whatever the probabilities were rounded to."""
+    q, k, v = heads((1, 150, 64), torch.float16, device)
+    out = wide_head_attention(q, k, torch.full_like(v, 0.8125), form=form)
+    assert torch.equal(out, torch.full_like(v, 0.8125))
+
+
+@pytest.mark.parametrize("form", KERNEL_FORMS)
+def test_slices_of_a_fused_projection_are_read_in_place(device, form):
+    q, k, v = torch.randn(2, 40, 3 * 64, device=device).to(torch.float16).chunk(3, -1)
+    assert_right(wide_head_attention(q, k, v, form=form), q, k, v, 64**-0.5)
+
+
+def test_rows_longer_than_a_program_holds_are_read_twice(device, monkeypatch):
+    q, k, v = heads((1, 150, 64), torch.bfloat16, device)
+    whole = wide_head_attention(q, k, v)
+    monkeypatch.setattr(attention, "ROW_BLOCK", 64)
+    torch.testing.assert_close(wide_head_attention(q, k, v), whole)
+
+
+def test_several_chunks_are_one(device):
+    q, k, v = heads((3, 300, 32), torch.float16, device)
+    whole = wide_head_attention(q, k, v)
+    for budget in (1, 4 * 300 * 128, 4 * 300 * 300 * 2):
+        torch.testing.assert_close(attention._in_chunks(q, k, v, 32**-0.5, budget), whole)
+
+
+@given(st.integers(1, 30), st.integers(1, 100000), st.integers(1, 1 << 31))
+def test_chunks_cover_every_row_once_within_the_budget(batch, length, budget):
+    found = chunks(batch, length, budget)
+    area = 0
+    for samples, rows in found:
+        size = (samples.stop - samples.start) * (rows.stop - rows.start)
+        assert 4 * size * length <= max(budget, 4 * length * min(length, attention.ROW_TILE))
+        area += size
+    assert area == batch * length and len(set(map(str, found))) == len(found)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(device, data):
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 150)), data.draw(st.sampled_from([16, 48, 80])))
+    form = data.draw(st.sampled_from(KERNEL_FORMS))
+    q, k, v = heads(shape, torch.float16, device)
+    assert_right(wide_head_attention(q, k, v, form=form), q, k, v, shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize(
+    "width, split", [(512, (512, 0)), (384, (256, 128)), (288, (256, 32)), (448, None), (1024, None), (8, None)]
+)
+def test_heads_of_the_flash_form(width, split):
+    assert split_head(width) == split
+
+
+def stock(q, k, v):
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_than_16_bits_are_stocks(device, dtype):
+    q, k, v = heads((1, 20, 48), dtype, device)
+    assert torch.equal(wide_head_attention(q, k, v), stock(q, k, v))
+
+
+def test_gradients_are_stocks(device):
+    q, k, v = (t.requires_grad_() for t in heads((1, 20, 48), torch.float16, device))
+    ours, theirs = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (wide_head_attention, stock))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_empty_batch(device):
+    assert wide_head_attention(*(torch.empty(0, 8, 32, device=device),) * 3).shape == (0, 8, 32)
+
+
+@pytest.mark.parametrize("form", [*KERNEL_FORMS, "sdpa"])
+def test_traces_whole_with_the_real_strides(device, form):
+    q, k, v = heads((2, 20, 32), torch.float16, device)
+    torch.library.opcheck(
+        torch.ops.vae_accel.wide_head_attention.default,
+        (q, k, v, 0.2, form),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    compiled = torch.compile(lambda *t: wide_head_attention(*t, form=form), fullgraph=True, backend="eager")
+    eager = wide_head_attention(q, k, v, form=form)
+    assert torch.equal(compiled(q, k, v), eager) and compiled(q, k, v).stride() == eager.stride()
+
+
+def test_bad_arguments_are_named():
+    x = torch.zeros(1, 4, 32)
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        wide_head_attention(x, x, x[:, :2])
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        wide_head_attention(x, x, x.half())
+    with pytest.raises(ValueError, match="form must be"):
+        wide_head_attention(x, x, x, form="ring")
+    with pytest.raises(ValueError, match="head of 1024 channels"):
+        wide_head_attention(*(torch.zeros(1, 4, 1024),) * 3, form="flash")

@@ -1,0 +1,51 @@
+"""The forward of an nn.Conv2d on the fused convolution, for the blocks whose forward is ours.
+
+It is stock's, and takes a `residual` that only those blocks pass. What ours does not do (a gradient, autocast, a tiling
+patch of the padding, another dtype) goes below in the weight's dtype, and the residual is added after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_accel.edits import unusable_weight
+from vae_accel.kernels.conv import conv as fused
+from vae_accel.rewrite import runs_stock
+
+
+def image_conv(conv: Any, below: Callable[..., Tensor], input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """[N, C, H, W], in fp16 beside a bf16 weight if the caller likes, plus `residual` [N, C', H', W']."""
+    if _ours(conv, input, residual):
+        return fused(input, conv.weight, conv.bias, padding=conv.padding, residual=residual)
+    x = input.to(conv.weight.dtype) if _is_half(conv, input) else input  # any other dtype is for stock to refuse
+    y = below(x)
+    return y if residual is None else residual + y
+
+
+def unlike(conv: nn.Module) -> str | None:
+    """Why a module is not a convolution for `image_conv`, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is no Conv2d"
+    if set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1:
+        return "stride, dilation or groups"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"a padding of {conv.padding} in mode {conv.padding_mode}"
+    return unusable_weight(conv)
+
+
+def _ours(conv: Any, x: Tensor, residual: Tensor | None) -> bool:
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
+        return False
+    # Textures are made seamless by patching one of these two on a model in use.
+    if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+        return False
+    fits = x.dtype == conv.weight.dtype or _is_half(conv, x)
+    return fits and not runs_stock(x, residual, conv.weight, conv.bias)
+
+
+def _is_half(conv: Any, x: Tensor) -> bool:
+    return x.dtype == torch.float16 and conv.weight.dtype == torch.bfloat16
