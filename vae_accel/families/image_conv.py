@@ -10,20 +10,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_accel.edits import unusable_weight
+from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
+from vae_accel.kernels.conv import unsupported
+from vae_accel.kernels.thin_conv import MOST, thin_conv
+from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
 
 
 def image_conv(conv: Any, below: Callable[..., Tensor], input: Tensor, residual: Tensor | None = None) -> Tensor:
     """[N, C, H, W], in fp16 beside a bf16 weight if the caller likes, plus `residual` [N, C', H', W']."""
     if _ours(conv, input, residual):
+        if residual is None and conv.out_channels <= MOST and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
+            return thin_conv(input, conv.weight, conv.bias)
         return fused(input, conv.weight, conv.bias, padding=conv.padding, residual=residual)
     x = input.to(conv.weight.dtype) if _is_half(conv, input) else input  # any other dtype is for stock to refuse
     y = below(x)
     return y if residual is None else residual + y
+
+
+def upsampled_conv(conv: Any, below: Callable[..., Tensor], single: bool, input: Tensor, small: bool = False) -> Tensor:
+    """Behind a nearest 2x: with `small`, of [N, C, H, W] before it, to [N, C', 2H, 2W].
+
+    `single`: stock upsamples in fp32, which is a rounding where the model is in fp64.
+    """
+    if not small:
+        return below(input)
+    folded = conv.__dict__.get("_conv_forward")  # folded_upsample's
+    if _ours(conv, input, None, folded) and unsupported(input, conv.weight, conv.padding) is None:
+        return upsample_conv(input, conv.weight, conv.bias)
+    if folded is not None and foldable(input, conv):
+        return below(mark(input, single))
+    wide = F.interpolate(input.float() if single else input, scale_factor=2.0)
+    return below(wide.to(input.dtype))
 
 
 def unlike(conv: nn.Module) -> str | None:
@@ -37,11 +60,11 @@ def unlike(conv: nn.Module) -> str | None:
     return unusable_weight(conv)
 
 
-def _ours(conv: Any, x: Tensor, residual: Tensor | None) -> bool:
+def _ours(conv: Any, x: Tensor, residual: Tensor | None, known: Any = None) -> bool:
     if x.dim() != 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
         return False
     # Textures are made seamless by patching one of these two on a model in use.
-    if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+    if conv.padding_mode != "zeros" or conv.__dict__.get("_conv_forward") is not known:
         return False
     fits = x.dtype == conv.weight.dtype or _is_half(conv, x)
     return fits and not runs_stock(x, residual, conv.weight, conv.bias)

@@ -3,7 +3,7 @@
 AutoencoderKL (SD, FLUX.1, Z-Image), AutoencoderKLFlux2, the two-dimensional half of SVD's, and HunyuanImage: residual
 blocks of GroupNorm, SiLU and a 3x3 convolution, twice; the shortcut is added by the second convolution before it
 rounds. In the middle stands attention with one head over all channels, whose every step but the arithmetic is a view
-of a channels-last picture. Upsamplers are `folded_upsample`'s.
+of a channels-last picture.
 
 In a bf16 model the norms write fp16, three bits more in front of each convolution, where nothing can overflow it.
 """
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_accel.families.image_conv import image_conv, unlike
+from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
+from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.kernels._dispatch import FP16_MAX, is_channels_last
 from vae_accel.kernels.attention import wide_head_attention
 from vae_accel.rewrite import runs_stock
@@ -38,6 +39,13 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
     y = block.conv1(block.nonlinearity(_norm(block.norm1, reach[0], x)))
     return block.conv2(block.nonlinearity(_norm(block.norm2, reach[1], y)), residual=shortcut)
+
+
+def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **kwargs: Any) -> Tensor:
+    """Upsample2D, [N, C, H, W] -> [N, C', 2H, 2W]. Any further argument (`output_size`) is stock's."""
+    if not _alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
+        return below(*args, **kwargs)
+    return getattr(block, conv)(args[0], small=True)
 
 
 def attention(attn: Any, below: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -110,6 +118,16 @@ def _residual(m: Any) -> Block | str:
     return _blocks(m)
 
 
+def _upsample(m: Any) -> Block | str | None:
+    found = upsampler_of(m)
+    if found is None or isinstance(found, str):
+        return found
+    (name,) = found.convs
+    reason = unlike(m.get_submodule(name))
+    hands = (Hand("", "forward", upsample, (name,)), Hand(name, "forward", upsampled_conv, (False,)))
+    return Block(hands) if reason is None else f"{name}: {reason}"
+
+
 def _hunyuan_residual(m: Any) -> Block | str:
     if m.conv_shortcut is not None:  # which stock applies to the wrong tensor: no model has one
         return "its shortcut is a convolution"
@@ -161,6 +179,7 @@ def _with_convs(
 
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {
     "ResnetBlock2D": _residual,
+    "Upsample2D": _upsample,
     "HunyuanImageResnetBlock": _hunyuan_residual,
     "Attention": _attention,
     "HunyuanImageAttentionBlock": _hunyuan_attention,

@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan_conv import (
     causal_conv,
     doubling_conv,
-    image_conv,
     unlike_causal,
-    unlike_image,
-    upsampled_conv,
 )
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels._dispatch import FP16_MAX
@@ -200,7 +198,7 @@ def _residual(m: Any) -> Block | str:
 
 def _attention(m: Any) -> Block | str:
     names = ["to_qkv", "proj"]
-    reason = _unlike(m, names, unlike_image)
+    reason = _unlike(m, names, unlike)
     if reason is not None:
         return reason
     half = _fits_fp16(m.norm, m.to_qkv)
@@ -211,13 +209,13 @@ def _attention(m: Any) -> Block | str:
 def _resample(m: Any) -> Block | str | None:
     if m.mode == "upsample3d":
         hands = (*_UPSAMPLE, Hand("time_conv", "forward", doubling_conv))
-        return _unlike(m, ["time_conv"]) or _unlike(m, ["resample.1"], unlike_image) or Block(hands)
+        return _unlike(m, ["time_conv"]) or _unlike(m, ["resample.1"], unlike) or Block(hands)
     if m.mode == "upsample2d":
-        return _unlike(m, ["resample.1"], unlike_image) or Block(_UPSAMPLE)
+        return _unlike(m, ["resample.1"], unlike) or Block(_UPSAMPLE)
     return Block((Hand("", "forward", downsample),)) if m.mode in ("downsample2d", "downsample3d") else None
 
 
-_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv))
+_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True,)))
 
 
 def _up(m: Any) -> Block | str:
@@ -237,8 +235,8 @@ def _ends(m: Any) -> Block | str:
     return _unlike(m, names) or Block(tuple(Hand(name, "forward", causal_conv) for name in names))
 
 
-def _unlike(m: nn.Module, names: list[str], unlike: Callable[[nn.Module], str | None] = unlike_causal) -> str | None:
-    reasons = ((name, unlike(m.get_submodule(name))) for name in names)
+def _unlike(m: nn.Module, names: list[str], reason_of: Callable[[nn.Module], str | None] = unlike_causal) -> str | None:
+    reasons = ((name, reason_of(m.get_submodule(name))) for name in names)
     return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
 

@@ -10,17 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
-from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import unsupported
 from vae_accel.kernels.thin_conv import MOST, thin_conv
-from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
 
@@ -60,35 +56,12 @@ def doubling_conv(
     return fused(x, conv.weight, conv.bias, before=conv._padding[4], history=history, split=2)
 
 
-def upsampled_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, small: bool = False) -> Tensor:
-    """nn.Conv2d behind a nearest 2x: with `small`, of [N, C, H, W] before it, to [N, C', 2H, 2W]."""
-    if not small:
-        return below(x)
-    if _ours(conv, x) and unsupported(x, conv.weight, conv.padding) is None:
-        return upsample_conv(x, conv.weight, conv.bias)
-    if "_conv_forward" in vars(conv) and foldable(x, conv):  # folded_upsample's
-        return below(mark(x, single=True))
-    return below(F.interpolate(x.float(), scale_factor=2.0).to(x.dtype))  # stock's way, fp32 for fp64 too
-
-
-def image_conv(conv: Any, below: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """nn.Conv2d of [N, C, H, W], plus `residual` [N, C', H', W']."""
-    if x.dim() != 4 or not _ours(conv, x, residual):
-        return _added(below(_plain(conv, x)), residual)
-    return fused(x, conv.weight, conv.bias, padding=conv.padding, residual=residual)
-
-
 def unlike_causal(conv: nn.Module) -> str | None:
     """Why a convolution is not one for `causal_conv`, or None."""
     padding: Any = getattr(conv, "_padding", ())
     if known_as(conv, CAUSAL) and isinstance(conv, nn.Conv3d) and padding[4] != conv.kernel_size[0] - 1:
         return f"a padding of {padding} changes the number of frames"
     return _unlike(conv, CAUSAL)
-
-
-def unlike_image(conv: nn.Module) -> str | None:
-    """Why a convolution is not one for `image_conv`, or None."""
-    return _unlike(conv, ("Conv2d",))
 
 
 def _unlike(conv: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -100,15 +73,19 @@ def _unlike(conv: nn.Module, known: tuple[str, ...]) -> str | None:
 
 
 def _convolve(conv: Any, x: Tensor, history: Tensor | None, residual: Tensor | None) -> Tensor:
-    padding, before, weight = (conv._padding[2], conv._padding[0]), conv._padding[4], conv.weight
-    if history is not None and history.dtype != x.dtype:
-        history = history.to(x.dtype)
-    if conv.out_channels <= MOST and padding == (1, 1):
-        return thin_conv(x, weight, conv.bias, before=before, history=history)
+    weight, padding = conv.weight, (conv._padding[2], conv._padding[0])
+    thin = conv.out_channels <= MOST and padding == (1, 1) and residual is None
     if x.shape[2] == 1 and history is None:  # behind zeros only the last tap sees anything: a third of the work
         last = weight if weight.dim() == 4 else weight[:, :, -1]
+        if thin:
+            return clip(thin_conv(pictures(x), last, conv.bias), 1)
         residual = None if residual is None else pictures(residual)
         return clip(fused(pictures(x), last, conv.bias, padding=padding, residual=residual), 1)
+    before = conv._padding[4]
+    if history is not None and history.dtype != x.dtype:
+        history = history.to(x.dtype)
+    if thin:
+        return thin_conv(x, weight, conv.bias, before=before, history=history)
     return fused(x, weight, conv.bias, padding=padding, before=before, history=history, residual=residual)
 
 

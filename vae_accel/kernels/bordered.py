@@ -72,9 +72,8 @@ def view(pixels: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """The clip of that shape whose bordered memory is `pixels` `[pixels, C]`; the caller answers for the zeros."""
     channels, place = shape[1], Geometry(shape[0] * (shape[2] if len(shape) == 5 else 1), *shape[-2:])
     frame, row = place.frame * channels, place.row * channels
-    strides = (frame, 1, row, channels)
-    if len(shape) == 5:
-        strides = (shape[2] * frame, 1, frame, row, channels)
+    time = (frame,) if len(shape) == 5 else ()
+    strides = (shape[2] * frame if time else frame, 1, *time, row, channels)
     x = pixels.as_strided(tuple(shape), strides, pixels.storage_offset() + place.first * channels)
     setattr(x, _MARK, True)
     return x

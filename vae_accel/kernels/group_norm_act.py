@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import bordered
 from ._dispatch import (
     LazyKernel,
     Signature,
@@ -98,8 +99,11 @@ def _moments(
 
 
 @LazyKernel
-def _combine(partials, statistics, C, S, rows, chunks, eps, BLOCK: tl.constexpr):
-    """Mean and 1/std of one group of one sample from the partials of its channels, by Chan's formula."""
+def _combine(partials, statistics, C, S, zeros, rows, chunks, eps, BLOCK: tl.constexpr):
+    """Mean and 1/std of one group of one sample from the partials of its channels, by Chan's formula.
+
+    `zeros` of the S positions are the border of a bordered clip: the same formula takes them out again.
+    """
     group, batch = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(0)
     width = C // groups
@@ -123,7 +127,9 @@ def _combine(partials, statistics, C, S, rows, chunks, eps, BLOCK: tl.constexpr)
         delta = tl.load(mean + offset, mask=inside, other=0) - group_mean
         value = tl.load(m2 + offset, mask=inside, other=0)
         total += tl.where(inside, value + delta * delta * tl.minimum(rows, S - chunk * rows), 0.0)
-    variance = tl.sum(total, axis=0) / count
+    real = 1.0 * (S - zeros) * width
+    group_mean *= count / real
+    variance = (tl.sum(total, axis=0) - group_mean * group_mean * real * (zeros * width / count)) / real
     tl.store(statistics + batch * groups + group, group_mean)
     tl.store(statistics + (tl.num_programs(1) + batch) * groups + group, 1.0 / tl.sqrt(variance + eps))
 
@@ -131,8 +137,8 @@ def _combine(partials, statistics, C, S, rows, chunks, eps, BLOCK: tl.constexpr)
 @LazyKernel
 def _normalize(
     x, out, statistics, weight, bias, frames, groups, C, S, rows,
-    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s,
-    ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s, ROW, FRAME, W,
+    BORDER: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2)
     start = tl.program_id(0) * rows
@@ -160,6 +166,9 @@ def _normalize(
             value = value / (1 + tl.exp(-value))
         if SATURATE:
             value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        if BORDER:
+            pixel = (start + first + row) % FRAME
+            value = tl.where((pixel >= ROW) & (pixel % ROW > 0) & (pixel % ROW <= W), value, 0.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s
@@ -196,10 +205,11 @@ def walk(x: Tensor, per_frame: bool) -> Walk:
     return _walk(x.shape, x.stride(), per_frame)
 
 
-def group_statistics(x: Tensor, num_groups: int, eps: float, *, per_frame: bool = False) -> Tensor:
+def group_statistics(x: Tensor, num_groups: int, eps: float, *, per_frame: bool = False, zeros: int = 0) -> Tensor:
     """fp32 `[2, N, num_groups]` (`[2, N * T, num_groups]` per frame): the mean and 1/std of each group of `x`.
 
-    Scratch is two floats a channel for each of at most about 1056 programs.
+    `zeros` positions of each sample are zeros that do not count. Scratch is two floats a channel for each of at most
+    about 1056 programs.
     """
     batches, frames, C, S, strides, ROWS, COLS, columns = walk(x, per_frame)
     chunks = max(1, min(S // (ROWS * MOMENT_STEPS), MOMENT_PROGRAMS // (columns * batches)))
@@ -211,7 +221,7 @@ def group_statistics(x: Tensor, num_groups: int, eps: float, *, per_frame: bool 
         x, partials, frames, C, S, rows, *strides, ROWS=ROWS, COLS=COLS, num_warps=WARPS
     )  # fmt: skip
     block = min(next_power_of_2(chunks * (C // num_groups)), 2048)
-    _combine[num_groups, batches](partials, statistics, C, S, rows, chunks, eps, BLOCK=block, num_warps=WARPS)
+    _combine[num_groups, batches](partials, statistics, C, S, zeros, rows, chunks, eps, BLOCK=block, num_warps=WARPS)
     return statistics
 
 
@@ -228,6 +238,8 @@ def _launch(
     out = empty_in_layout_of(x, dtype=dtype)
     if x.numel() == 0:
         return out
+    if bordered.is_bordered(x):
+        return _launch_bordered(x, num_groups, weight, bias, eps, act, per_frame or x.dim() == 4, dtype)
     x = flattenable(x, 3 if per_frame else 2)
     with torch.cuda.device_of(x):
         statistics = group_statistics(x, num_groups, eps, per_frame=per_frame)
@@ -235,7 +247,37 @@ def _launch(
         rows = ROWS * NORMALIZE_STEPS
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
-            ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+            0, 1, 0, BORDER=False, ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def _launch_bordered(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: bool,
+    each_frame: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros."""
+    place, C = bordered.geometry(x), x.shape[1]
+    samples = place.frames if each_frame else x.shape[0]
+    out = bordered.empty(x.shape, dtype or x.dtype, x.device)
+    body = place.frames * place.frame
+    bordered.pixels_of(out)[body:].zero_()
+    source, target = (bordered.pixels_of(t)[:body].view(samples, -1, C).movedim(-1, 1) for t in (x, out))
+    with torch.cuda.device_of(x):
+        zeros = (place.frame - place.height * place.width) * (place.frames // samples)
+        statistics = group_statistics(source, num_groups, eps, zeros=zeros)
+        batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
+        rows = ROWS * NORMALIZE_STEPS
+        _normalize[-(-S // rows), columns, batches](
+            source, target, statistics, weight, bias, frames, num_groups, C, S, rows, *strides,
+            *walk(target, False).strides, place.row, place.frame, place.width,
+            BORDER=True, ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -296,8 +338,9 @@ def group_norm_act(
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     affine = {"x": "bf16", "out": "bf16", "statistics": "fp32", "weight": "fp32"}
+    flags = {"BORDER": True, "ACT": True, "SATURATE": True}
     return [
         signature(_moments, {"x": "bf16", "partials": "fp32"}, {"ROWS": 16, "COLS": 128}),
         signature(_combine, {"partials": "fp32", "statistics": "fp32"}, {"BLOCK": 2048}),
-        signature(_normalize, affine, {"bias": None, "ACT": True, "SATURATE": True, "ROWS": TILE, "COLS": 1}),
+        signature(_normalize, affine, {"bias": None, **flags, "ROWS": TILE, "COLS": 1}),
     ]

@@ -27,8 +27,8 @@ class Cuda(Platform):
         Step(SingleFrameConv(), "on", "results"),
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "off", "not measured yet"),
-        Step(FusedBlocks(), "off", "not measured yet"),
         Step(HalfDecode(), "off", OPT_IN),
+        Step(FusedBlocks(), "off", "not measured yet"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),
