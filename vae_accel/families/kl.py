@@ -21,10 +21,9 @@ from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.kernels._dispatch import FP16_MAX, is_channels_last
-from vae_accel.kernels.attention import wide_head_attention
+from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.rewrite import runs_stock
 
-FUSED = 256  # channels of the widest head of every fused kernel of `scaled_dot_product_attention`
 Reach = tuple[float, float]
 
 

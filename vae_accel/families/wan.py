@@ -28,6 +28,7 @@ from vae_accel.families.wan_conv import (
 )
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels._dispatch import FP16_MAX
+from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
 from vae_accel.kernels.winograd import suits as in_pairs
 from vae_accel.rewrite import runs_stock
@@ -66,6 +67,8 @@ def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all channels: [N, L, C] each, in rows of adjacent channels, -> [N, L, C]."""
+    if q.shape[-1] > FUSED:
+        return wide_head_attention(q, k, v)
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
@@ -175,9 +176,11 @@ def rms_norm_pairs(
     """Wan's RMS norm of `[N, C, T, H, W]` (T even), SiLU if `act`, and the first transform, in fp16.
 
     Returns the transformed clip `[N, C, 2 T, H, W]` and the last two frames before the transform, which are `history`
-    of the next call; both bordered. None stands for two frames of zeros.
+    of the next call; both bordered. Of two frames of history, those that are missing are zeros.
     """
     n, c, t, h, w = x.shape
+    if history is not None and history.shape[2] < KEPT:
+        history = F.pad(history, (0, 0, 0, 0, KEPT - history.shape[2], 0))
     if not triton_available(x):
         frames = rms_norm_reference(x, weight, None, eps, act=act, dtype=torch.float16)
         before = frames.new_zeros((n, c, KEPT, h, w)) if history is None else history.to(torch.float16)
