@@ -75,12 +75,11 @@ def _unlike(conv: nn.Module, known: tuple[str, ...]) -> str | None:
 def _convolve(conv: Any, x: Tensor, history: Tensor | None, residual: Tensor | None) -> Tensor:
     weight, padding = conv.weight, (conv._padding[2], conv._padding[0])
     thin = conv.out_channels <= MOST and padding == (1, 1) and residual is None
-    if x.shape[2] == 1 and history is None:  # behind zeros only the last tap sees anything: a third of the work
-        last = weight if weight.dim() == 4 else weight[:, :, -1]
+    if weight.dim() == 4:  # Qwen-Image-2.1's: one frame
         if thin:
-            return clip(thin_conv(pictures(x), last, conv.bias), 1)
+            return clip(thin_conv(pictures(x), weight, conv.bias), 1)
         residual = None if residual is None else pictures(residual)
-        return clip(fused(pictures(x), last, conv.bias, padding=padding, residual=residual), 1)
+        return clip(fused(pictures(x), weight, conv.bias, padding=padding, residual=residual), 1)
     before = conv._padding[4]
     if history is not None and history.dtype != x.dtype:
         history = history.to(x.dtype)

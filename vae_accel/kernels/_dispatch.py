@@ -23,12 +23,17 @@ FP16_MAX = 65504.0
 
 
 class LazyFunction:
-    """A function of Triton kernels not yet bound: the first kernel that names it binds it."""
+    """A function of Triton kernels not yet bound: the first kernel that names it binds it.
+
+    `alike` names integers for whose values Triton is not to compile the kernel anew (it does for 1 and for multiples of
+    16): sizes that only count, and align nothing.
+    """
 
     bound: ClassVar[list[LazyFunction]] = []
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], alike: str = "") -> None:
         self.fn = fn
+        self.alike = alike.split()
         self._form: Any = None
         self.__name__ = fn.__name__
 
@@ -43,7 +48,7 @@ class LazyFunction:
             scope = {**scope, **{name: function.bind() for name, function in named.items()}}
             fn = functools.update_wrapper(types.FunctionType(fn.__code__, scope, fn.__name__), fn)
             del fn.__wrapped__  # type: ignore[attr-defined]
-        self._form = triton.jit(fn)
+        self._form = triton.jit(fn, do_not_specialize=self.alike)
         LazyFunction.bound.append(self)
         return self._form
 
@@ -60,6 +65,11 @@ class LazyKernel(LazyFunction):
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return (self._form or self.bind())[grid]
+
+
+def lazy_kernel(alike: str) -> Callable[[Callable[..., None]], LazyKernel]:
+    """`LazyKernel` as a decorator with the integers it is not compiled anew for."""
+    return lambda fn: LazyKernel(fn, alike)
 
 
 class Signature(NamedTuple):
@@ -79,6 +89,12 @@ def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str
         pointer = given if given.startswith("tensordesc") else f"*{given}"
         types[name] = "constexpr" if name in constexprs else pointer if given else rest
     return Signature(kernel, types, constexprs)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a CUDA device has compute capability 9.0."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyKernel, differentiates
+from ._dispatch import differentiates, lazy_kernel
 from .conv import Tile, _block_of, _rows_of, reference, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -23,7 +23,7 @@ COLUMNS = (32, 64)  # so many of 9 times the output channels
 MOST = COLUMNS[-1] // 9
 
 
-@LazyKernel
+@lazy_kernel(alike="frames T K FRAME")
 def _products(
     x, history, w, out, frames, T, K, FRAME,
     BEFORE: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -36,7 +36,7 @@ def _products(
     t = f % T
     acc = tl.full([ROWS, COLS], 0, tl.float32)
     here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
-    if history is not None:
+    if BEFORE:
         past = (n * K + K + t - BEFORE) * FRAME + o0
         for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
             acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
@@ -48,7 +48,7 @@ def _products(
     tl.store(out + (f.to(tl.int64) * COLS + col) * FRAME + pixel, acc, mask=pixel < FRAME)
 
 
-@LazyKernel
+@lazy_kernel(alike="total frames H W ROW FRAME")
 def _gather(
     y, bias, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def thin_conv(
     total = out[0, 0].numel()
     with torch.cuda.device_of(x):
         _products[(frames * -(-place.frame // tile.rows),)](
-            _rows_of(x, 1, tile), None if history is None else _rows_of(history, 1, tile),
+            _rows_of(x, 1, tile), _rows_of(x if history is None else history, 1, tile),
             _block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
             place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), ROWS=tile.rows, COLS=columns,
             DEPTH=depth, STAGES=tile.stages, num_warps=tile.warps,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyKernel, differentiates
+from ._dispatch import differentiates, lazy_kernel
 from .conv import Tile, _begin, _block_of, _rows_of, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -26,7 +26,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2) if x.dim() == 5 else y
 
 
-@LazyKernel
+@lazy_kernel(alike="total O")
 def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl.constexpr):
     """Sums of taps in fp32: [O, 3, 3, C] to [4 phases, O, 2, padded run], rounded once."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +49,7 @@ def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl
     tl.store(out + item, value.to(out.dtype.element_ty), mask=item < total)
 
 
-@LazyKernel
+@lazy_kernel(alike="frames H W ROW FRAME tiles_n")
 def _upsample_conv(
     x, w, bias, out, frames, H, W, ROW, FRAME, O, tiles_n,
     KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,

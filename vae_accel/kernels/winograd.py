@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyFunction, LazyKernel, next_power_of_2, triton_available
+from ._dispatch import LazyFunction, is_hopper, lazy_kernel, next_power_of_2, triton_available
 from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of
 from .rms_norm_act import reference as rms_norm_reference
 
@@ -45,7 +45,7 @@ def _normed(pointer, gamma, bias, inside, eps, C, ROWS: tl.constexpr, COLS: tl.c
     return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
 
 
-@LazyKernel
+@lazy_kernel(alike="T FRAME")
 def _norm_pairs(
     x, history, out, kept, weight, eps, C, T, FRAME,
     ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -81,7 +81,7 @@ def _norm_pairs(
     tl.store(kept + (n * 2 + 1) * frame + place, d1.to(tl.float16), mask=inside)
 
 
-@LazyKernel
+@lazy_kernel(alike="total taps")
 def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, BLOCK: tl.constexpr):
     """[O, 3, taps, run] to fp16 [O, 4, taps, padded run], the order in which the convolution walks, from fp32 sums."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -101,7 +101,7 @@ def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, B
     tl.store(target + 3 * taps * padded, (-g2).to(tl.float16), mask=inside)
 
 
-@LazyKernel
+@lazy_kernel(alike="pairs H W ROW FRAME O tiles_n")
 def _conv_pairs(
     x, w, w2, bias, residual, residual2, out, out2, pairs, H, W, ROW, FRAME, O, tiles_n,
     KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr,
@@ -158,7 +158,7 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
     channels = x.shape[1]
     if tile_of(channels_out, channels) is None or not triton_available(x):
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
+    return not x.is_cuda or is_hopper(x.device)
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:
