@@ -6,7 +6,7 @@ import pkgutil
 import pytest
 
 import vae_accel.kernels
-from vae_accel.kernels._dispatch import LazyKernel
+from vae_accel.kernels._dispatch import LazyFunction, LazyKernel
 
 triton = pytest.importorskip("triton")
 
@@ -42,22 +42,30 @@ def compiled_form(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
 
+def compiled(signature, target):
+    kernel, types, constexprs, warps = signature
+    source = ASTSource(fn=kernel.bind(), signature=types, constexprs=constexprs)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_compiles(name, target):
-    kernel, types, constexprs = SIGNATURES[name]
-    source = ASTSource(fn=kernel.bind(), signature=types, constexprs=constexprs)
-    binary = triton.compile(source, target=TARGETS[target])
+    binary = compiled(SIGNATURES[name], TARGETS[target])
     assert len(binary.asm["cubin" if TARGETS[target].backend == "cuda" else "hsaco"]) > 0
 
 
 @pytest.mark.parametrize("name", [name for name, s in SIGNATURES.items() if s.constexprs.get("SATURATE")])
 def test_saturation_keeps_what_is_not_a_number(name):
     """PTX's plain min and max return the other operand: an overflow would leave as a finite 65504."""
-    kernel, types, constexprs = SIGNATURES[name]
-    source = ASTSource(fn=kernel.bind(), signature=types, constexprs=constexprs)
-    assert "min.NaN" in triton.compile(source, target=TARGETS["sm_90"]).asm["ptx"]
+    assert "min.NaN" in compiled(SIGNATURES[name], TARGETS["sm_90"]).asm["ptx"]
 
 
 def test_every_kernel_is_covered():
     assert {signature.kernel for signature in SIGNATURES.values()} == KERNELS
+
+
+def test_a_function_of_kernels_is_for_kernels():
+    function = next(f for module in MODULES for f in vars(module).values() if type(f) is LazyFunction)
+    with pytest.raises(RuntimeError, match=f"{function.__name__} is a function of Triton kernels"):
+        function(1)

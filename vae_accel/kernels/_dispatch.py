@@ -52,6 +52,14 @@ class LazyFunction:
         LazyFunction.bound.append(self)
         return self._form
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Kernels alone call it, by the form they bind. In their source it is a function, to a type checker too.
+
+        Raises:
+            RuntimeError: called from Python.
+        """
+        raise RuntimeError(f"{self.__name__} is a function of Triton kernels: nothing else can call it")
+
     @classmethod
     def unbind_all(cls) -> None:
         """Forget every bound form. Needed when Triton's `interpret` knob is turned, which is read when binding."""
@@ -78,9 +86,15 @@ class Signature(NamedTuple):
     kernel: LazyKernel
     types: dict[str, str]
     constexprs: dict[str, Any]
+    warps: int
 
 
-def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str, Any]) -> Signature:
+def descriptor(dtype: str, *block: int) -> str:
+    """The type of a tensor descriptor that loads and stores `block`, for `signature`."""
+    return f"tensordesc<{dtype}{list(block)}>"
+
+
+def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str, Any], *, warps: int = 4) -> Signature:
     """Pointers (by dtype), tensor descriptors and constexprs as named; `eps` is a float, any other a 32-bit integer."""
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
@@ -88,7 +102,7 @@ def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str
         given = pointers.get(name, "")
         pointer = given if given.startswith("tensordesc") else f"*{given}"
         types[name] = "constexpr" if name in constexprs else pointer if given else rest
-    return Signature(kernel, types, constexprs)
+    return Signature(kernel, types, constexprs, warps)
 
 
 @functools.cache

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyFunction, differentiates, is_hopper, lazy_kernel, triton_available
+from ._dispatch import (
+    LazyFunction,
+    Signature,
+    descriptor,
+    differentiates,
+    is_hopper,
+    lazy_kernel,
+    signature,
+    triton_available,
+)
 from .causal_pad import causal_pad
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -36,6 +45,22 @@ class Tile(NamedTuple):
     depth: int
     stages: int
     warps: int
+
+    def constexprs(self) -> dict[str, int]:
+        """As every kernel names them; `more` is for those that have two products."""
+        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "STAGES": self.stages}
+
+    def pixels(self, dtype: str) -> str:
+        """The type of the descriptor of a clip's rows, to compile ahead of time."""
+        return descriptor(dtype, self.rows, self.depth)
+
+    def taps(self, dtype: str, cols: int | None = None) -> str:
+        """Of the weight matrix."""
+        return descriptor(dtype, cols or self.cols, self.depth)
+
+    def frames(self, dtype: str, cols: int | None = None) -> str:
+        """Of a result or a residual."""
+        return descriptor(dtype, 1, self.rows, cols or self.cols)
 
 
 def reference(
@@ -163,8 +188,8 @@ def _launch(
             bias, *sides, frames, frames // n, 0 if history is None else history.shape[2],
             place.height, place.width // together, place.row // together, frame, columns,
             0 if kh == 3 else place.first, columns // split, tiles_n,
-            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), ROWS=tile.rows, COLS=tile.cols,
-            MORE=tile.more, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
+            **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -307,3 +332,26 @@ def _vendor(
     if before:
         x = causal_pad(x, (0, 0, 0, 0, before, 0), time="zeros", history=history)
     return reference(x, weight, bias, padding=padding, residual=residual, split=split)
+
+
+def signatures() -> list[Signature]:
+    """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
+    wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
+    taps = {"KT": 3, "KH": 3, "KB": 9}
+    absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2"))
+    pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
+    more = {"w2": wide.taps("fp16", wide.more)}
+    for name in ("residual", "out"):
+        more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
+    least = {
+        "x": plain.pixels("fp16"),
+        "history": plain.pixels("fp16"),
+        "w": plain.taps("fp16"),
+        "out": plain.frames("bf16"),
+    }
+    return [
+        signature(
+            _conv, pixels | more, {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}, warps=wide.warps
+        ),
+        signature(_conv, least, {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}, warps=plain.warps),
+    ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import (
+    LazyFunction,
     LazyKernel,
     Signature,
     differentiates,
@@ -65,12 +66,19 @@ def reference(
     return values.to(x.dtype) if dtype is None else rounded(values, dtype)
 
 
+@LazyFunction
+def _is_picture(pixel, ROW, FRAME, W):
+    """Whether a pixel of a bordered clip, counted from the start of its memory, is none of the border."""
+    pixel = pixel % FRAME
+    return (pixel >= ROW) & (pixel % ROW > 0) & (pixel % ROW <= W)
+
+
 @LazyKernel
 def _moments(
-    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s, ROW, FRAME, W,
+    BORDER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of each channel over `rows` positions: Welford in a lane, Chan over lanes."""
+    """Mean, squared deviations and number of `rows` positions of each channel: Welford in a lane, Chan over lanes."""
     batch = tl.program_id(2)
     start = tl.program_id(0) * rows
     limit = tl.minimum(rows, S - start)
@@ -81,56 +89,69 @@ def _moments(
 
     lane_mean = tl.full([ROWS, COLS], 0, tl.float32)
     lane_m2 = tl.full([ROWS, COLS], 0, tl.float32)
+    count = tl.full([ROWS, 1], 0, tl.float32)
     for first in range(0, limit, ROWS):
-        inside = (first + row < limit) & (col < C)
+        counts = first + row < limit
+        if BORDER:
+            counts = counts & _is_picture(start + first + row, ROW, FRAME, W)
+            count += counts.to(tl.float32)
+            share = 1.0 / tl.maximum(count, 1.0)
+        else:
+            share = 1.0 / (first // ROWS + 1)
+        inside = counts & (col < C)
         value = tl.load(pointer, mask=inside, other=0).to(tl.float32)
         delta = tl.where(inside, value - lane_mean, 0.0)
-        lane_mean += delta * (1.0 / (first // ROWS + 1))
+        lane_mean += delta * share
         lane_m2 += delta * (value - lane_mean)
         pointer += ROWS * stride_s
-    count = ((limit - row + ROWS - 1) // ROWS).to(tl.float32)
-    block_mean = tl.sum(lane_mean * count, axis=0, keep_dims=True) / limit
+    if not BORDER:
+        count = ((limit - row + ROWS - 1) // ROWS).to(tl.float32)
+    number = tl.sum(count, axis=0, keep_dims=True)
+    block_mean = tl.sum(lane_mean * count, axis=0, keep_dims=True) / tl.maximum(number, 1.0)
     shift = lane_mean - block_mean
     block_m2 = tl.sum(lane_m2 + count * shift * shift, axis=0, keep_dims=True)
 
     partial = partials + (batch * tl.num_programs(0) + tl.program_id(0)) * C + col
+    plane = tl.num_programs(2) * tl.num_programs(0) * C
     tl.store(partial, block_mean, mask=col < C)
-    tl.store(partial + tl.num_programs(2) * tl.num_programs(0) * C, block_m2, mask=col < C)
+    tl.store(partial + plane, block_m2, mask=col < C)
+    tl.store(partial + 2 * plane, tl.broadcast_to(number, [1, COLS]), mask=col < C)
 
 
 @LazyKernel
-def _combine(partials, statistics, C, S, zeros, rows, chunks, eps, BLOCK: tl.constexpr):
+def _combine(partials, statistics, C, chunks, eps, BLOCK: tl.constexpr):
     """Mean and 1/std of one group of one sample from the partials of its channels, by Chan's formula.
 
-    `zeros` of the S positions are the border of a bordered clip: the same formula takes them out again.
+    The mean is a guess first, then corrected: in fp32 the first sum is an ulp or two of a large mean off.
     """
     group, batch = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(0)
     width = C // groups
+    plane = tl.num_programs(1) * chunks * C
     mean = partials + batch * chunks * C + group * width
-    m2 = mean + tl.num_programs(1) * chunks * C
     item = tl.arange(0, BLOCK)
-    pivot = tl.load(mean)  # keeps the sums small beside a large mean
-    shift = tl.full([BLOCK], 0, tl.float32)
+    sums = tl.full([BLOCK], 0, tl.float32)
+    counts = tl.full([BLOCK], 0, tl.float32)  # floats: one group of a long clip has more than 2^31 elements
     for first in range(0, chunks * width, BLOCK):
         chunk = (first + item) // width
-        inside = chunk < chunks
-        value = tl.load(mean + chunk * C + (first + item) % width, mask=inside, other=0)
-        shift += tl.where(inside, (value - pivot) * tl.minimum(rows, S - chunk * rows), 0.0)
-    count = 1.0 * S * width  # a float: one group of a long clip has more than 2^31 elements
-    group_mean = pivot + tl.sum(shift, axis=0) / count
+        offset = chunk * C + (first + item) % width
+        count = tl.load(mean + 2 * plane + offset, mask=chunk < chunks, other=0)
+        sums += tl.load(mean + offset, mask=chunk < chunks, other=0) * count
+        counts += count
+    number = tl.sum(counts, axis=0)
+    guess = tl.sum(sums, axis=0) / number
+    drifts = tl.full([BLOCK], 0, tl.float32)
     total = tl.full([BLOCK], 0, tl.float32)
     for first in range(0, chunks * width, BLOCK):
         chunk = (first + item) // width
-        inside = chunk < chunks
         offset = chunk * C + (first + item) % width
-        delta = tl.load(mean + offset, mask=inside, other=0) - group_mean
-        value = tl.load(m2 + offset, mask=inside, other=0)
-        total += tl.where(inside, value + delta * delta * tl.minimum(rows, S - chunk * rows), 0.0)
-    real = 1.0 * (S - zeros) * width
-    group_mean *= count / real
-    variance = (tl.sum(total, axis=0) - group_mean * group_mean * real * (zeros * width / count)) / real
-    tl.store(statistics + batch * groups + group, group_mean)
+        count = tl.load(mean + 2 * plane + offset, mask=chunk < chunks, other=0)
+        delta = tl.load(mean + offset, mask=chunk < chunks, other=0) - guess
+        total += tl.load(mean + plane + offset, mask=chunk < chunks, other=0) + delta * delta * count
+        drifts += delta * count
+    drift = tl.sum(drifts, axis=0) / number
+    variance = tl.sum(total, axis=0) / number - drift * drift
+    tl.store(statistics + batch * groups + group, guess + drift)
     tl.store(statistics + (tl.num_programs(1) + batch) * groups + group, 1.0 / tl.sqrt(variance + eps))
 
 
@@ -167,8 +188,7 @@ def _normalize(
         if SATURATE:
             value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         if BORDER:
-            pixel = (start + first + row) % FRAME
-            value = tl.where((pixel >= ROW) & (pixel % ROW > 0) & (pixel % ROW <= W), value, 0.0)
+            value = tl.where(_is_picture(start + first + row, ROW, FRAME, W), value, 0.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s
@@ -205,23 +225,32 @@ def walk(x: Tensor, per_frame: bool) -> Walk:
     return _walk(x.shape, x.stride(), per_frame)
 
 
-def group_statistics(x: Tensor, num_groups: int, eps: float, *, per_frame: bool = False, zeros: int = 0) -> Tensor:
+def _layout(border: bordered.Geometry | None) -> tuple[int, int, int]:
+    """ROW, FRAME and W of the kernels; unread without a border."""
+    return (0, 1, 0) if border is None else (border.row, border.frame, border.width)
+
+
+def group_statistics(
+    x: Tensor, num_groups: int, eps: float, *, per_frame: bool = False, border: bordered.Geometry | None = None
+) -> Tensor:
     """fp32 `[2, N, num_groups]` (`[2, N * T, num_groups]` per frame): the mean and 1/std of each group of `x`.
 
-    `zeros` positions of each sample are zeros that do not count. Scratch is two floats a channel for each of at most
-    about 1056 programs.
+    With a `border`, x is `[N, C, S]` of all pixels of a bordered clip, of which its pictures count: zeros taken out of
+    the sums afterwards would leave the rounding of squares of the mean, a hundredth of a deviation where that is 100
+    deviations from zero. Scratch is three floats a channel for each of at most about 1056 programs.
     """
     batches, frames, C, S, strides, ROWS, COLS, columns = walk(x, per_frame)
     chunks = max(1, min(S // (ROWS * MOMENT_STEPS), MOMENT_PROGRAMS // (columns * batches)))
     rows = -(-S // (chunks * ROWS)) * ROWS
     chunks = -(-S // rows)
-    partials = torch.empty(2 * batches * chunks * C, dtype=torch.float32, device=x.device)
+    partials = torch.empty(3 * batches * chunks * C, dtype=torch.float32, device=x.device)
     statistics = torch.empty((2, batches, num_groups), dtype=torch.float32, device=x.device)
     _moments[chunks, columns, batches](
-        x, partials, frames, C, S, rows, *strides, ROWS=ROWS, COLS=COLS, num_warps=WARPS
+        x, partials, frames, C, S, rows, *strides, *_layout(border), BORDER=border is not None,
+        ROWS=ROWS, COLS=COLS, num_warps=WARPS,
     )  # fmt: skip
     block = min(next_power_of_2(chunks * (C // num_groups)), 2048)
-    _combine[num_groups, batches](partials, statistics, C, S, zeros, rows, chunks, eps, BLOCK=block, num_warps=WARPS)
+    _combine[num_groups, batches](partials, statistics, C, chunks, eps, BLOCK=block, num_warps=WARPS)
     return statistics
 
 
@@ -235,11 +264,11 @@ def _launch(
     per_frame: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    if bordered.is_bordered(x) and x.numel():
+        return _launch_bordered(x, num_groups, weight, bias, eps, act, per_frame or x.dim() == 4, dtype)
     out = empty_in_layout_of(x, dtype=dtype)
     if x.numel() == 0:
         return out
-    if bordered.is_bordered(x):
-        return _launch_bordered(x, num_groups, weight, bias, eps, act, per_frame or x.dim() == 4, dtype)
     x = flattenable(x, 3 if per_frame else 2)
     with torch.cuda.device_of(x):
         statistics = group_statistics(x, num_groups, eps, per_frame=per_frame)
@@ -247,7 +276,8 @@ def _launch(
         rows = ROWS * NORMALIZE_STEPS
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
-            0, 1, 0, BORDER=False, ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+            *_layout(None), BORDER=False, ACT=act, SATURATE=dtype == torch.float16,
+            ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -270,13 +300,12 @@ def _launch_bordered(
     bordered.pixels_of(out)[body:].zero_()
     source, target = (bordered.pixels_of(t)[:body].view(samples, -1, C).movedim(-1, 1) for t in (x, out))
     with torch.cuda.device_of(x):
-        zeros = (place.frame - place.height * place.width) * (place.frames // samples)
-        statistics = group_statistics(source, num_groups, eps, zeros=zeros)
+        statistics = group_statistics(source, num_groups, eps, border=place)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
         _normalize[-(-S // rows), columns, batches](
             source, target, statistics, weight, bias, frames, num_groups, C, S, rows, *strides,
-            *walk(target, False).strides, place.row, place.frame, place.width,
+            *walk(target, False).strides, *_layout(place),
             BORDER=True, ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -340,7 +369,7 @@ def signatures() -> list[Signature]:
     affine = {"x": "bf16", "out": "bf16", "statistics": "fp32", "weight": "fp32"}
     flags = {"BORDER": True, "ACT": True, "SATURATE": True}
     return [
-        signature(_moments, {"x": "bf16", "partials": "fp32"}, {"ROWS": 16, "COLS": 128}),
+        signature(_moments, {"x": "bf16", "partials": "fp32"}, {"BORDER": True, "ROWS": 16, "COLS": 128}),
         signature(_combine, {"partials": "fp32", "statistics": "fp32"}, {"BLOCK": 2048}),
         signature(_normalize, affine, {"bias": None, **flags, "ROWS": TILE, "COLS": 1}),
     ]

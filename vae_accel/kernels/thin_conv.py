@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import differentiates, lazy_kernel
+from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import Tile, _block_of, _rows_of, reference, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -72,6 +72,11 @@ def _gather(
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
 
+def tile_of(channels_in: int, channels_out: int) -> Tile:
+    columns = next(c for c in COLUMNS if c >= 9 * channels_out)
+    return Tile(256, columns, 0, 64 if channels_in % 64 == 0 else 32, 4, 8)
+
+
 def thin_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, before: int = 0, history: Tensor | None = None
 ) -> Tensor:
@@ -80,12 +85,11 @@ def thin_conv(
     `before` and `history` as in `conv`. The result is contiguous `[N, O, (T',) H, W]` in the weight's dtype.
     """
     o, i, *time = weight.shape[:-2]
-    columns = next(c for c in COLUMNS if c >= 9 * o)
+    tile = tile_of(i, o)
+    columns, depth = tile.cols, tile.depth
     products = weight.new_empty((columns, i, 1, 1))
     if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
         return reference(x, weight, bias, padding=(1, 1), before=before, history=history)
-    depth = 64 if i % 64 == 0 else 32
-    tile = Tile(256, columns, 0, depth, 4, 8)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x)
@@ -99,11 +103,21 @@ def thin_conv(
         _products[(frames * -(-place.frame // tile.rows),)](
             _rows_of(x, 1, tile), _rows_of(x if history is None else history, 1, tile),
             _block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
-            place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), ROWS=tile.rows, COLS=columns,
-            DEPTH=depth, STAGES=tile.stages, num_warps=tile.warps,
+            place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), **tile.constexprs(),
+            num_warps=tile.warps,
         )  # fmt: skip
         _gather[-(-total // 512), n](
             y, bias, out, total, frames // n, place.height, place.width, place.row, place.frame,
             COLS=columns, O=o, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def signatures() -> list[Signature]:
+    """The kernels as they are compiled ahead of time in the tests."""
+    tile = tile_of(96, 3)
+    products = {"x": tile.pixels("fp16"), "history": tile.pixels("fp16"), "w": tile.taps("fp16"), "out": "fp32"}
+    return [
+        signature(_products, products, {"BEFORE": 2, "KT": 3, "KB": 3, **tile.constexprs()}, warps=tile.warps),
+        signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"COLS": tile.cols, "O": 3, "BLOCK": 512}),
+    ]

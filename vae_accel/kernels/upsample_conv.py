@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import differentiates, lazy_kernel
+from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import Tile, _begin, _block_of, _rows_of, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -112,7 +112,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = 
         _upsample_conv[(tiles_n * 4 * place.frames * -(-place.height * place.row // tile.rows),)](
             _rows_of(x, 2, tile), _block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,
             place.width, place.row, place.frame, channels_out, tiles_n, KB=matrix.shape[1] // (2 * tile.depth),
-            ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+            **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -125,3 +125,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias)
     return _launch(x, weight, bias)
+
+
+def signatures() -> list[Signature]:
+    """The kernels as they are compiled ahead of time in the tests."""
+    tile = tile_of(192, 96)
+    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "out": "bf16"}
+    return [
+        signature(_fold, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
+        signature(_upsample_conv, convolution, {"KB": 6, **tile.constexprs()}, warps=tile.warps),
+    ]

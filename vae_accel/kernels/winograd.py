@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyFunction, is_hopper, lazy_kernel, next_power_of_2, triton_available
+from ._dispatch import LazyFunction, Signature, is_hopper, lazy_kernel, next_power_of_2, signature, triton_available
 from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of
 from .rms_norm_act import reference as rms_norm_reference
 
@@ -236,7 +236,22 @@ def conv_pairs(
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
             _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile),
             _block_of(matrix, tile.more, tile) if tile.more else None, bias, *sides, pairs, place.height, place.width,
-            place.row, place.frame, weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), ROWS=tile.rows,
-            COLS=tile.cols, MORE=tile.more, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+            place.row, place.frame, weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth),
+            MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
+
+
+def signatures() -> list[Signature]:
+    """The kernels as they are compiled ahead of time in the tests."""
+    tile = tile_of(192, 192)
+    assert tile is not None
+    halves = dict.fromkeys(("history", "out", "kept"), "fp16")
+    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "w2": tile.taps("fp16", tile.more), "bias": "bf16"}
+    for name in ("residual", "out"):
+        convolution |= {name: tile.frames("bf16"), f"{name}2": tile.frames("bf16", tile.more)}
+    return [
+        signature(_norm_pairs, {"x": "bf16", "weight": "bf16", **halves}, {"ACT": True, "ROWS": 16, "COLS": 256}),
+        signature(_transform_taps, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
+        signature(_conv_pairs, convolution, {"KB": 18, "MORE": tile.more, **tile.constexprs()}, warps=tile.warps),
+    ]
