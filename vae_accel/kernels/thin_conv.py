@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyKernel, differentiates
-from .conv import Tile, _block_of, _rows_of, reference, unsupported
+from .conv import Tile, _block_of, _rows_of, conv, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -83,7 +83,7 @@ def thin_conv(
     columns = next(c for c in COLUMNS if c >= 9 * o)
     products = weight.new_empty((columns, i, 1, 1))
     if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
-        return reference(x, weight, bias, padding=(1, 1), before=before, history=history)
+        return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
     depth = 64 if i % 64 == 0 else 32
     tile = Tile(256, columns, 0, depth, 4, 8)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
