@@ -22,6 +22,8 @@ from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.kernels._dispatch import FP16_MAX, is_channels_last
 from vae_accel.kernels.attention import FUSED, wide_head_attention
+from vae_accel.kernels.bordered import dense
+from vae_accel.kernels.conv import wants_fp16
 from vae_accel.rewrite import runs_stock
 
 Reach = tuple[float, float]
@@ -47,10 +49,14 @@ def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **
     return getattr(block, conv)(args[0], small=True)
 
 
-def attention(attn: Any, below: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """`Attention` over the pixels of [N, C, H, W] under its stock processor; masks and other sequences are stock's."""
-    if not _alone(args, kwargs) or not _is_picture(args[0]) or not _is_stock(attn.processor):
-        return below(*args, **kwargs)
+def attention(attn: Any, below: Callable[..., Tensor], wide: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """`Attention` over the pixels of [N, C, H, W] with one `wide` head under its stock processor.
+
+    Masks and other sequences are stock's, whose processors view a picture as a sequence: a bordered one has no such
+    view.
+    """
+    if not (wide and _alone(args, kwargs) and _is_picture(args[0]) and _is_stock(attn.processor)):
+        return below(*(dense(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
     x: Tensor = args[0]
     pixels = attn.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
     y = wide_head_attention(attn.to_q(pixels), attn.to_k(pixels), attn.to_v(pixels))
@@ -88,7 +94,7 @@ def reach(norm: Any, conv: Any) -> float:
 
 
 def _norm(norm: Any, reach: float, x: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16 and x[0].numel() // norm.num_groups < reach:
+    if wants_fp16(x) and x[0].numel() // norm.num_groups < reach:
         return norm(x, dtype=torch.float16)
     return norm(x)
 
@@ -140,16 +146,11 @@ def _blocks(m: Any) -> Block | str:
     return _with_convs(m, names, (Hand("", "forward", residual_block, (limits,)),), norms)
 
 
-def _attention(m: Any) -> Block | str | None:
-    if m.heads != 1 or m.inner_dim <= FUSED:
-        return None
-    if not _is_stock(m.processor):
-        return f"its processor is a {type(m.processor).__name__}"
-    if m.group_norm is None or m.spatial_norm is not None or m.norm_q is not None or m.norm_k is not None:
-        return "it normalizes otherwise than by one GroupNorm in front"
-    if m.rescale_output_factor != 1:
-        return f"it divides its output by {m.rescale_output_factor}"
-    return Block((Hand("", "forward", attention),))
+def _attention(m: Any) -> Block:
+    """Every one, since the blocks beside it hand it bordered pictures."""
+    plain = m.group_norm is not None and all(n is None for n in (m.spatial_norm, m.norm_q, m.norm_k))
+    wide = plain and m.heads == 1 and m.inner_dim > FUSED and m.rescale_output_factor == 1
+    return Block((Hand("", "forward", attention, (wide,)),))
 
 
 def _hunyuan_attention(m: Any) -> Block | str | None:

@@ -21,15 +21,12 @@ from torch import Tensor, nn
 
 from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
-from vae_accel.families.wan_conv import (
-    causal_conv,
-    doubling_conv,
-    unlike_causal,
-)
+from vae_accel.families.wan_conv import causal_conv, doubling_conv, unlike_causal
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels._dispatch import FP16_MAX
 from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
+from vae_accel.kernels.conv import wants_fp16
 from vae_accel.kernels.winograd import suits as in_pairs
 from vae_accel.rewrite import runs_stock
 
@@ -60,7 +57,7 @@ def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Ten
     if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
         return below(x)
     frames = pictures(x)
-    qkv = block.to_qkv(_norm(block.norm, half, frames)).flatten(2).transpose(1, 2).contiguous()
+    qkv = block.to_qkv(_norm(block.norm, half, frames)).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
     y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, x.shape[3:])
     return clip(block.proj(y, residual=frames), x.shape[2])
 
@@ -143,18 +140,37 @@ def _normed_conv(
 ) -> Tensor:
     """A convolution behind its norm and SiLU, by pairs of frames where that is worth it."""
     norm, conv = getattr(block, f"norm{which}"), getattr(block, f"conv{which}")
-    if not (half and in_pairs(x, conv.out_channels, conv.kernel_size) and not isinstance(norm.bias, Tensor)):
-        return _chunk(conv, feat_cache, feat_idx, block.nonlinearity(_norm(norm, half, x)), **more)
     previous = None if feat_cache is None else feat_cache[feat_idx[0]]
-    y, kept = norm(x, pairs=True, history=previous)
+    made = norm(x, pairs=True, history=previous) if half and _pairs(norm, conv, x, previous) else None
+    if made is None:
+        return _chunk(conv, feat_cache, feat_idx, block.nonlinearity(_norm(norm, half, x)), **more)
+    y, kept = made
     if feat_cache is not None:
         feat_cache[feat_idx[0]] = kept
         feat_idx[0] += 1
     return conv(y, pairs=True, **more)
 
 
+def _pairs(norm: nn.Module, conv: Any, x: Tensor, previous: Tensor | None) -> bool:
+    """Whether norm and convolution may take `x` behind the frames `previous` by pairs.
+
+    What goes between them is no clip: nobody else may see it (a hook, an adapter around the convolution), and it has no
+    gradient.
+    """
+    if not isinstance(conv, nn.Conv3d) or conv.in_channels != x.shape[1]:
+        return False
+    if not in_pairs(x, conv.out_channels, conv.kernel_size) or runs_stock(x, *norm.parameters(), *conv.parameters()):
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (norm, conv)):
+        return False
+    if previous is None:
+        return True
+    n, c, t, h, w = previous.shape
+    return (n, c, h, w) == (*x.shape[:2], *x.shape[3:]) and t <= KEPT and previous.device == x.device
+
+
 def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
-    return norm(x, dtype=torch.float16) if half and x.dtype == torch.bfloat16 else norm(x)
+    return norm(x, dtype=torch.float16) if half and wants_fp16(x) else norm(x)
 
 
 def _chunk(conv: nn.Module, feat_cache: Cache, feat_idx: list[int], x: Tensor, **more: Any) -> Tensor:

@@ -16,6 +16,7 @@ from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
 from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
+from vae_accel.kernels.conv import interleaved
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
@@ -51,8 +52,7 @@ def doubling_conv(
         return causal_conv(conv, below, x, cache_x)
     history = _history(conv, cache_x)
     if not (_ours(conv, x) and _continues(conv, x, history)):
-        y = below(_plain(conv, x), _plain(conv, cache_x)).unflatten(1, (2, -1))
-        return torch.stack((y[:, 0], y[:, 1]), 3).flatten(2, 3)
+        return interleaved(below(_plain(conv, x), _plain(conv, cache_x)), 2, x)
     return fused(x, conv.weight, conv.bias, before=conv._padding[4], history=history, split=2)
 
 

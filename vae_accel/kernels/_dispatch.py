@@ -106,12 +106,6 @@ def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str
 
 
 @functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a CUDA device has compute capability 9.0."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

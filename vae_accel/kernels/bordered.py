@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import empty_in_layout_of
+
 _MARK = "_vae_accel_bordered"
 
 
@@ -96,6 +98,11 @@ def bordered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     out = view(pixels, x.shape)
     out.copy_(x)
     return out
+
+
+def dense(x: Tensor) -> Tensor:
+    """A bordered clip as channels-last, of which views can be taken; anything else as it is."""
+    return empty_in_layout_of(x).copy_(x) if is_bordered(x) else x
 
 
 def clear_border(pixels: Tensor, place: Geometry) -> None:

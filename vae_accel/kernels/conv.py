@@ -23,7 +23,7 @@ from ._dispatch import (
     Signature,
     descriptor,
     differentiates,
-    is_hopper,
+    empty_in_layout_of,
     lazy_kernel,
     signature,
     triton_available,
@@ -74,8 +74,13 @@ def reference(
     residual: Tensor | None = None,
     split: int = 1,
 ) -> Tensor:
-    """The law: the vendor's convolution of the padded clip, and the residual added in fp32."""
+    """The law: the vendor's convolution of the padded clip, and the residual added to what it rounded.
+
+    fp16 beside bf16 is multiplied in fp32: fp16 cannot hold every result.
+    """
     dtype = weight.dtype
+    if x.dtype != dtype:
+        x = x.to(torch.promote_types(x.dtype, dtype))
     if x.dim() == 5:
         if history is not None:
             x, before = torch.cat([history.to(x.dtype), x], 2), before - history.shape[2]
@@ -83,11 +88,18 @@ def reference(
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
     y = convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), 1, (0,) * (x.dim() - 4) + padding)
     if split > 1:
-        y = y.unflatten(1, (split, -1)).transpose(1, 2).transpose(2, 3).flatten(2, 3)
-    if residual is not None:
-        wide = torch.promote_types(dtype, torch.float32)
-        y = y.to(wide) + residual.to(wide)
-    return y.to(dtype)
+        y = interleaved(y, split, x)
+    return (y if residual is None else y + residual).to(dtype)
+
+
+def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
+    """`[N, split * C, T, H, W]` as frames `[N, C, T * split, H, W]`, those of one frame after each other, in the layout
+    of `like` (the vendor's may be another)."""
+    frames = y.unflatten(1, (split, -1)).movedim(1, 3)
+    shape = (y.shape[0], y.shape[1] // split, y.shape[2] * split, *y.shape[3:])
+    out = empty_in_layout_of(like, shape, y.dtype)
+    out.unflatten(2, (-1, split)).copy_(frames)
+    return out
 
 
 @LazyFunction
@@ -120,14 +132,16 @@ def _conv(
 ):  # fmt: skip
     """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
     pid = tl.program_id(0)
-    n0 = (pid % tiles_n) * (COLS + MORE)  # neighbours share pixels: first those of a tile, then those of its frames
+    side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
     f = pid // tiles_n % frames
     o0 = pid // (tiles_n * frames) * ROWS
     n = f // T
     t = f % T
     split = O // channels
-    frame = f * split + n0 // channels
-    c0 = n0 % channels
+    tiles_c = tiles_n // split  # a tile holds channels of one output frame: what it reads beyond them is not stored
+    frame = f * split + side // tiles_c
+    c0 = side % tiles_c * (COLS + MORE)
+    n0 = side // tiles_c * channels + c0
     acc = _begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
     if MORE:
         acc2 = _begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
@@ -179,7 +193,7 @@ def _launch(
     bias = bias if bias is None or together == 1 else bias.repeat(together)
     sides = [_frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
     columns = matrix.shape[0]
-    tiles_n = -(-columns // (tile.cols + tile.more))
+    tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
     with torch.cuda.device_of(x):
         _conv[(tiles_n * frames * -(-frame // tile.rows),)](
@@ -265,6 +279,19 @@ def _frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> An
     return _descriptor(pixels, shape, strides, [1, tile.rows, cols])
 
 
+@functools.cache
+def measured_on(device: torch.device) -> bool:
+    """Whether ours was measured on such a card; the CPU, where Triton is interpreted, and meta stand for one."""
+    if device.type != "cuda":
+        return device.type in ("cpu", "meta")
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def wants_fp16(x: Tensor) -> bool:
+    """Whether what normalises bf16 `x` had better write fp16: not for the vendor's, which would convert it."""
+    return x.dtype == torch.bfloat16 and measured_on(x.device) and (not x.is_cuda or triton_available(x))
+
+
 def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
     """Why the vendor's convolution runs instead of ours, or None."""
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype not in (torch.bfloat16, torch.float16):
@@ -273,7 +300,7 @@ def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | No
         return "there is no Triton"
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
-    if x.is_cuda and not is_hopper(x.device):
+    if not measured_on(x.device):
         return "it is measured on compute capability 9.0 alone"
     if x.shape[1] % 8 or weight.shape[0] % 8:
         return "the copy engine moves multiples of 16 bytes"

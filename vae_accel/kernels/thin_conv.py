@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import Tile, _block_of, _rows_of, reference, unsupported
+from .conv import Tile, _block_of, _rows_of, conv, unsupported
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -89,7 +89,7 @@ def thin_conv(
     columns, depth = tile.cols, tile.depth
     products = weight.new_empty((columns, i, 1, 1))
     if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
-        return reference(x, weight, bias, padding=(1, 1), before=before, history=history)
+        return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
-from ._dispatch import LazyFunction, Signature, is_hopper, lazy_kernel, next_power_of_2, signature, triton_available
-from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of
+from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
+from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, measured_on
 from .rms_norm_act import reference as rms_norm_reference
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -156,9 +156,9 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
     if tuple(kernel) != (3, 3, 3) or x.dim() != 5 or x.shape[2] % 2 or x.dtype != torch.bfloat16:
         return False
     channels = x.shape[1]
-    if tile_of(channels_out, channels) is None or not triton_available(x):
+    if tile_of(channels_out, channels) is None or channels % 8:  # the copy engine moves multiples of 16 bytes
         return False
-    return not x.is_cuda or is_hopper(x.device)
+    return triton_available(x) and measured_on(x.device)
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:

@@ -170,16 +170,16 @@ def rms_norm(
     """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False.
 
     `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's. With
-    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`.
+    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`, or None where
+    that is not what this norm and its SiLU compute.
     """
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
     dim = 1 if getattr(module, "channel_first", True) else -1
     if _runs_stock(x, module.gamma, bias) or x.shape[dim] != module.gamma.numel():
-        return _silu(below(x), act)
+        return None if pairs else _silu(below(x), act)
     if pairs:
-        assert bias is None and dim == 1
-        return rms_norm_pairs(x, module.gamma, L2_EPS, history, act=act)
+        return rms_norm_pairs(x, module.gamma, L2_EPS, history) if act and bias is None and dim == 1 else None
     if dim == 1:
         return rms_norm_act(x, module.gamma, bias, L2_EPS, act=act, dtype=dtype)
     return rms_norm_act(x.movedim(-1, 1), module.gamma, bias, L2_EPS, act=act, dtype=dtype).movedim(1, -1)

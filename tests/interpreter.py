@@ -1,0 +1,48 @@
+"""Triton's kernels on the CPU: its interpreter turned on for one test, over poisoned memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from vae_accel.kernels._dispatch import LazyKernel
+
+
+def reduced(tl: Any, combine: Any, x: Any, axis: Any, keep_dims: bool = False) -> Any:
+    return tl.reduce(x, axis, combine, keep_dims)
+
+
+@contextmanager
+def kernels(monkeypatch: pytest.MonkeyPatch, interpreted: bool = True) -> Iterator[None]:
+    """Inside, kernels are interpreted, or compiled.
+
+    The knob is turned for the test alone, and not by TRITON_INTERPRET, so that the same process can compile.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
+    tl = triton.language
+    if interpreted and isinstance(tl.sum, JITFunction):
+        # The functions written in Triton itself that the kernels call: jitted when Triton was imported.
+        for name, combine in (("sum", tl.standard._sum_combine), ("max", tl.standard._elementwise_max)):
+            monkeypatch.setattr(tl, name, functools.partial(reduced, tl, combine))
+    LazyKernel.unbind_all()
+    yield
+    LazyKernel.unbind_all()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN: what a kernel forgets to write, or reads before it is written, shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
