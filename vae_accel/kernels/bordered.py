@@ -58,7 +58,7 @@ def geometry(x: Tensor) -> Geometry:
 
 def is_bordered(x: Tensor) -> bool:
     """Whether `x` was made here and its border still holds zeros."""
-    return getattr(x, _MARK, False)
+    return hasattr(x, _MARK)
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -77,14 +77,13 @@ def view(pixels: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     time = (frame,) if len(shape) == 5 else ()
     strides = (shape[2] * frame if time else frame, 1, *time, row, channels)
     x = pixels.as_strided(tuple(shape), strides, pixels.storage_offset() + place.first * channels)
-    setattr(x, _MARK, True)
+    setattr(x, _MARK, pixels)
     return x
 
 
 def pixels_of(x: Tensor) -> Tensor:
     """The whole memory `[pixels, C]` of a bordered clip."""
-    place, channels = geometry(x), x.shape[1]
-    return x.as_strided((place.pixels, channels), (channels, 1), x.storage_offset() - place.first * channels)
+    return getattr(x, _MARK)
 
 
 def bordered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
