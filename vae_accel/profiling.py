@@ -2,7 +2,7 @@
 
 The profiler times, and another run of the same call counts: 2 FLOP a multiply-add from the shapes at a convolution,
 stock's or ours, what torch knows of products and attention, and for everything else the bytes of its tensors, each
-read or written once, which is what a memory-bound kernel cannot do without.
+read or written once, which is what a memory-bound kernel cannot do without. Our own kernels say what they do.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vae_accel.kernels import _dispatch
 from vae_accel.results import ProfileRow
 
 CONVOLUTIONS = ("aten::convolution", "vae_accel::conv")
@@ -85,8 +86,18 @@ def profile(call: Callable[[], Any], device: torch.device, *, direction: Any, mo
 
     An operation's time is that of everything launched inside it. Each table sums to the time of the device.
     """
+    launched: dict[str, Work] = {}
+
+    def tally(kernel: str, flop: int, size: int) -> None:
+        done = launched.setdefault(kernel, Work())
+        done.flop, done.bytes = done.flop + flop, done.bytes + size
+
     with Counter() as counter:
-        call()
+        _dispatch.tally = tally
+        try:
+            call()
+        finally:
+            _dispatch.tally = None
     accelerated = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if accelerated else [])]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -99,7 +110,7 @@ def profile(call: Callable[[], Any], device: torch.device, *, direction: Any, mo
     total = sum(cost.us for cost in kernels.values())
     if (rest := total - sum(cost.us for cost in operations.values())) > 0.5:
         operations[UNTRACED] = Cost(0, rest)
-    rows = [{"by": "kernel", **row} for row in table(kernels, {})]
+    rows = [{"by": "kernel", **row} for row in table(kernels, launched)]
     rows += [{"by": "operation", **row} for row in table(operations, counter.work)]
     return [ProfileRow(direction=direction, model=model, **row) for row in rows]
 

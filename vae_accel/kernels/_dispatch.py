@@ -18,6 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+# While a profile is taken: told (kernel, floating-point operations, bytes) at each launch whose work is known.
+tally: Callable[[str, int, int], None] | None = None
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP16_MAX = 65504.0
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import (
     LazyFunction,
     Signature,
@@ -195,6 +195,8 @@ def _launch(
     columns = matrix.shape[0]
     tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
+    if _dispatch.tally is not None:
+        _dispatch.tally("_conv", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
         _conv[(tiles_n * frames * -(-frame // tile.rows),)](
             _rows_of(x, kw, tile, together), _rows_of(x if history is None else history, kw, tile, together),
@@ -289,7 +291,9 @@ def measured_on(device: torch.device) -> bool:
 
 def wants_fp16(x: Tensor) -> bool:
     """Whether what normalises bf16 `x` had better write fp16: not for the vendor's, which would convert it."""
-    return x.dtype == torch.bfloat16 and measured_on(x.device) and (not x.is_cuda or triton_available(x))
+    if x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    return measured_on(x.device) and (not x.is_cuda or triton_available(x))
 
 
 def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
@@ -298,6 +302,8 @@ def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | No
         return f"{x.dtype} is no 16-bit type"
     if not triton_available(x):
         return "there is no Triton"
+    if torch.compiler.is_compiling():
+        return "a compiler sees through the vendor's"
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
     if not measured_on(x.device):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import (
     LazyFunction,
     LazyKernel,
@@ -245,6 +245,8 @@ def group_statistics(
     chunks = -(-S // rows)
     partials = torch.empty(3 * batches * chunks * C, dtype=torch.float32, device=x.device)
     statistics = torch.empty((2, batches, num_groups), dtype=torch.float32, device=x.device)
+    if _dispatch.tally is not None:
+        _dispatch.tally("_moments", 0, x.numel() * x.element_size())
     _moments[chunks, columns, batches](
         x, partials, frames, C, S, rows, *strides, *_layout(border), BORDER=border is not None,
         ROWS=ROWS, COLS=COLS, num_warps=WARPS,
@@ -274,6 +276,8 @@ def _launch(
         statistics = group_statistics(x, num_groups, eps, per_frame=per_frame)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(x, per_frame)
         rows = ROWS * NORMALIZE_STEPS
+        if _dispatch.tally is not None:
+            _dispatch.tally("_normalize", 0, out.numel() * (x.element_size() + out.element_size()))
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
             *_layout(None), BORDER=False, ACT=act, SATURATE=dtype == torch.float16,
@@ -303,6 +307,8 @@ def _launch_bordered(
         statistics = group_statistics(source, num_groups, eps, border=place)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
+        if _dispatch.tally is not None:
+            _dispatch.tally("_normalize", 0, out.numel() * (x.element_size() + out.element_size()))
         _normalize[-(-S // rows), columns, batches](
             source, target, statistics, weight, bias, frames, num_groups, C, S, rows, *strides,
             *walk(target, False).strides, *_layout(place),

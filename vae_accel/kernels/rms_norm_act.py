@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import (
     LazyKernel,
     Signature,
@@ -103,6 +103,8 @@ def _launch(
     COLS = next_power_of_2(C)
     # All channels of a position meet in one program. Contiguous, the positions are the fast axis and need a line.
     ROWS = max(TILE // COLS, 1 if is_channels_last(x) else PIXELS_PER_LINE)
+    if _dispatch.tally is not None:
+        _dispatch.tally("_rms_norm", 0, x.numel() * (x.element_size() + out.element_size()))
     with torch.cuda.device_of(x):
         _rms_norm[-(-S // ROWS), batch](
             x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x.shape[2:], x.stride()[2:]),

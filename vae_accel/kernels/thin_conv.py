@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import Tile, _block_of, _rows_of, conv, unsupported
 
@@ -99,6 +99,9 @@ def thin_conv(
     y = torch.empty((frames, columns, place.frame), dtype=torch.float32, device=x.device)
     out = x.new_empty((n, o, *([frames // n] if time else []), *x.shape[-2:]), dtype=weight.dtype)
     total = out[0, 0].numel()
+    if _dispatch.tally is not None:
+        _dispatch.tally("_products", 0, x.numel() * x.element_size() + y.numel() * y.element_size())
+        _dispatch.tally("_gather", 0, y.numel() * y.element_size() + out.numel() * out.element_size())
     with torch.cuda.device_of(x):
         _products[(frames * -(-place.frame // tile.rows),)](
             _rows_of(x, 1, tile), _rows_of(x if history is None else history, 1, tile),

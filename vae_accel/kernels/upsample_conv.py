@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import Tile, _begin, _block_of, _rows_of, unsupported
 
@@ -108,6 +108,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = 
     bordered.clear_border(pixels, bordered.geometry(out))
     matrix = folded_taps(weight, x.dtype, tile.depth)
     tiles_n = -(-channels_out // tile.cols)
+    if _dispatch.tally is not None:
+        _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
     with torch.cuda.device_of(x):
         _upsample_conv[(tiles_n * 4 * place.frames * -(-place.height * place.row // tile.rows),)](
             _rows_of(x, 2, tile), _block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered
+from . import _dispatch, bordered
 from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
 from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, measured_on
 from .rms_norm_act import reference as rms_norm_reference
@@ -158,7 +158,7 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
     channels = x.shape[1]
     if tile_of(channels_out, channels) is None or channels % 8:  # the copy engine moves multiples of 16 bytes
         return False
-    return triton_available(x) and measured_on(x.device)
+    return triton_available(x) and measured_on(x.device) and not torch.compiler.is_compiling()
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:
@@ -192,6 +192,8 @@ def rms_norm_pairs(
         bordered.pixels_of(clip)[bordered.geometry(clip).frames * frame :].zero_()
     cols = next_power_of_2(c)
     rows = max(TILE // cols, 1)
+    if _dispatch.tally is not None:
+        _dispatch.tally("_norm_pairs", 0, 3 * x.numel() * x.element_size())
     with torch.cuda.device_of(x):
         _norm_pairs[-(-frame // rows), n](
             bordered.pixels_of(x), history, bordered.pixels_of(out), bordered.pixels_of(kept), weight, eps, c, t, frame,
@@ -232,6 +234,8 @@ def conv_pairs(
     place, pairs = bordered.geometry(x), n * t // 4
     tiles_n = -(-weight.shape[0] // (tile.cols + tile.more))
     sides = [_frames_of(clip, tile, cols) for clip in (residual, out) for cols in (tile.cols, tile.more)]
+    if _dispatch.tally is not None:  # as many as the direct convolution, for a rate that compares
+        _dispatch.tally("_conv_pairs", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
             _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile),
