@@ -32,7 +32,7 @@ def results_table() -> str:
                 rows.append(
                     (
                         f"{result.workload} {result.size} {speed.direction}",
-                        platform,
+                        _card(result),
                         result.dtype,
                         _ms(speed.stock),
                         f"**{_ms(speed.ours)}**",
@@ -41,7 +41,7 @@ def results_table() -> str:
                         f"{proof.ours_psnr:.1f} / {proof.stock_psnr:.1f}{elsewhere}",
                     )
                 )
-    return _table(("", "platform", "dtype", "stock ms", "ours ms", "", "peak GiB", "dB to golden"), rows)
+    return _table(("", "card", "dtype", "stock ms", "ours ms", "", "peak GiB", "dB to golden"), rows)
 
 
 def calls_table() -> str:
@@ -65,6 +65,12 @@ def plans_table() -> str:
         if name in tiers
     ]
     return _table(("rewrite", "tier", *plans), rows)
+
+
+def _card(result: results.Result) -> str:
+    """A card by its model, any processor as the platform's name."""
+    known = (model for model in ("H100", "H200") if model in result.device)
+    return next(known, result.platform)
 
 
 TABLES = {"settings": settings_table, "results": results_table, "calls": calls_table, "plans": plans_table}
