@@ -93,6 +93,8 @@ def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
 
 def tile_of(channels_in: int, channels_out: int) -> Tile:
     depth = 64 if 2 * channels_in % 64 == 0 else 32
+    if 64 < channels_out < 128:  # 830 instead of 693 TFLOP/s of the direct convolution for 192 to 96
+        return Tile(128, 128, 0, depth, 3, 4)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
     return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
 
