@@ -40,7 +40,7 @@ def _products(
         past = (n * K + K + t - BEFORE) * FRAME + o0
         for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
             acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
-    now = (f - BEFORE) * FRAME + o0
+    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0  # a sample of x has T + KT - 1 - BEFORE frames
     for i in tl.range(here * KB, KT * KB, num_stages=STAGES):
         acc = tl.dot(x.load([now + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
     pixel = o0 + tl.arange(0, ROWS)[:, None]
