@@ -42,7 +42,7 @@ def _normed(pointer, gamma, bias, inside, eps, C, ROWS: tl.constexpr, COLS: tl.c
     value = value * (tl.sqrt(1.0 * C) / tl.maximum(tl.sqrt(square), eps)) * gamma + bias
     if ACT:
         value = value / (1 + tl.exp(-value))
-    return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+    return tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16).to(tl.float32)
 
 
 @lazy_kernel(alike="T FRAME")
