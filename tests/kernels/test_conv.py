@@ -27,11 +27,23 @@ CASES = {  # x, channels out, kernel, frames in front, frames of history
 TWO = Tile(32, 32, 16, 32, 2, 4)  # as of 192 channels: two products
 
 
-def compare(device, shape, channels_out, kernel, before=0, kept=None, *, split=1, tile=SMALL, dtype=torch.float16):
+def compare(
+    device,
+    shape,
+    channels_out,
+    kernel,
+    before=0,
+    kept=None,
+    *,
+    split=1,
+    tile=SMALL,
+    dtype=torch.float16,
+    operands=torch.float16,
+):
     """One call with everything and one with as little as can be, against fp64."""
-    x = normal(*shape, device=device)
+    x = normal(*shape, device=device, dtype=operands)
     weight, bias = weights(channels_out, shape[1], *kernel, device=device, dtype=dtype)
-    history = None if kept is None else normal(*shape[:2], kept, *shape[3:], device=device)
+    history = None if kept is None else normal(*shape[:2], kept, *shape[3:], device=device, dtype=operands)
     padding = (kernel[-2] // 2, kernel[-1] // 2)
     options = {"before": before, "history": history, "split": split}
     law = reference(x.double(), weight.double(), None, padding=padding, **options)
@@ -68,6 +80,12 @@ def test_channels_that_are_frames(device, kernel, channels, tile):
 
 def test_fp16_operands_beside_a_bf16_weight(device):
     compare(device, (1, 24, 3, 4), 16, (3, 3), dtype=torch.bfloat16)
+
+
+def test_bf16_operands(device):
+    if device == "cpu":
+        pytest.skip("Triton's interpreter multiplies bf16 as integers")
+    compare(device, (2, 24, 2, 5, 4), 16, (3, 3, 3), 2, 1, dtype=torch.bfloat16, operands=torch.bfloat16)
 
 
 @pytest.mark.parametrize("channels", [(96, 96), (192, 192), (288, 96), (8, 16)])

@@ -24,10 +24,10 @@ CASES = {  # x, channels out, kernel, frames in front, frames of history
 }
 
 
-def compare(device, shape, channels_out, kernel, before=0, kept=None, *, dtype=torch.float16):
-    x = normal(*shape, device=device)
+def compare(device, shape, channels_out, kernel, before=0, kept=None, *, dtype=torch.float16, operands=torch.float16):
+    x = normal(*shape, device=device, dtype=operands)
     weight, bias = weights(channels_out, shape[1], *kernel, device=device, dtype=dtype)
-    history = None if kept is None else normal(*shape[:2], kept, *shape[3:], device=device)
+    history = None if kept is None else normal(*shape[:2], kept, *shape[3:], device=device, dtype=operands)
     options = {"before": before, "history": history}
     for b in (None, bias):
         oracle = reference(
@@ -46,6 +46,12 @@ def test_matches_fp64(device, case):
 
 def test_a_bf16_model(device):
     compare(device, (1, 96, 3, 3, 4), 3, (3, 3, 3), 2, 2, dtype=torch.bfloat16)
+
+
+def test_bf16_operands(device):
+    if device == "cpu":
+        pytest.skip("Triton's interpreter multiplies bf16 as integers")
+    compare(device, (1, 96, 3, 3, 4), 3, (3, 3, 3), 2, 2, dtype=torch.bfloat16, operands=torch.bfloat16)
 
 
 def test_a_bordered_clip_is_read_in_place(device):
