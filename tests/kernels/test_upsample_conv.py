@@ -109,7 +109,7 @@ def test_elsewhere_it_is_stocks(frames):
     assert torch.equal(out.transpose(1, 2).flatten(0, 1) if frames else out, stock)
 
 
-def test_elsewhere_fp16_beside_a_bf16_weight_is_fp16_too():
+def test_elsewhere_fp16_beside_a_bf16_weight_is_a_bf16_result():
     x = normal(1, 8, 3, 4, device="cpu")
     weight, bias = weights(8, 8, 3, 3, device="cpu", dtype=torch.bfloat16)
     out = upsample_conv(x, weight, bias)
