@@ -140,7 +140,7 @@ def test_the_vendors_has_the_same_law(frames, kept):
     assert_close(conv(x, weight, bias, **options), reference(x.double(), weight.double(), bias.double(), **options))
 
 
-def test_what_is_left_to_the_vendor_has_a_reason(device):
+def test_what_is_left_to_the_vendor_has_a_reason(device, monkeypatch):
     x = normal(1, 8, 3, 4, device=device)
     weight, _ = weights(8, 8, 3, 3, device=device)
     assert unsupported(x, weight, (1, 1)) is None
@@ -151,6 +151,8 @@ def test_what_is_left_to_the_vendor_has_a_reason(device):
     assert "has no form" in unsupported(x, weight[..., :1], (1, 0))
     if device == "cpu":
         assert "as integers" in unsupported(x.bfloat16(), weight, (1, 1))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "a compiler sees through" in unsupported(x, weight, (1, 1))
 
 
 def test_without_triton_there_is_a_reason_too():
