@@ -39,10 +39,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch, interpreted: bool = True) -> Iterat
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN: what a kernel forgets to write, or reads before it is written, shows."""
-    empty = torch.empty
 
-    def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+    def poisoning(empty: Any) -> Any:
+        def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+        return poisoned_empty
+
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))

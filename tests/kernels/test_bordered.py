@@ -86,6 +86,14 @@ def test_pictures_and_back(layout, frames):
         assert_bordered(back)
 
 
+def test_dense_has_no_border():
+    x = bordered.bordered(torch.randn(2, 8, 3, 4, 5))
+    dense = bordered.dense(x)
+    assert torch.equal(dense, x) and not bordered.is_bordered(dense)
+    assert dense.is_contiguous(memory_format=torch.channels_last_3d)
+    assert bordered.dense(dense) is dense
+
+
 def norms(x, device, groups, **options):
     """GroupNorm of the dense and of the bordered clip, and the fp64 oracle."""
     weight, bias = (torch.randn(x.shape[1], device=device) for _ in range(2))

@@ -154,7 +154,7 @@ def _conv(
             acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
             if MORE:
                 acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    now = (f - BEFORE) * FRAME + o0 + first
+    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0 + first  # a sample of x has T + KT - 1 - BEFORE frames
     for i in tl.range(here * PER, KT * PER, num_stages=STAGES):
         a = x.load([now + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
@@ -185,7 +185,7 @@ def _launch(
     x = bordered.bordered(x)
     out = bordered.empty(shape, out_dtype or weight.dtype, x.device)
     place = bordered.geometry(x)
-    together = 2 if kw == 3 and _in_pairs(channels_out // split) and place.width % 2 == 0 else 1
+    together = 2 if kw == 3 and split == 1 and _in_pairs(channels_out) and place.width % 2 == 0 else 1
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
     history = None if history is None else bordered.bordered(history, x.dtype)
     residual = None if residual is None else bordered.bordered(residual)

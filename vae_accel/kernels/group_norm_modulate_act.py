@@ -25,6 +25,7 @@ from ._dispatch import (
     signature,
     triton_available,
 )
+from .group_statistics import WARPS, group_statistics, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -122,13 +123,13 @@ def _launch(
     height, width = x.shape[3:]
     index = _index(frames, height, scale.shape[3], width, scale.shape[4], x.device)
     with torch.cuda.device_of(x):
-        statistics = group_norm_act.group_statistics(x, num_groups, eps)
-        batches, T, C, S, strides, ROWS, COLS, columns = group_norm_act.walk(x, per_frame=True)
+        statistics = group_statistics(x, num_groups, eps)
+        batches, T, C, S, strides, ROWS, COLS, columns = walk(x, per_frame=True)
         rows = ROWS * group_norm_act.NORMALIZE_STEPS
         _normalize_modulate[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, scale, shift, index, T, num_groups, C, S, height, width, rows,
-            *strides, *group_norm_act.walk(out, per_frame=True).strides, *scale.stride(),
-            ACT=act, ROWS=ROWS, COLS=COLS, num_warps=group_norm_act.WARPS,
+            *strides, *walk(out, per_frame=True).strides, *scale.stride(),
+            ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
 

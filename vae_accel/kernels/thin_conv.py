@@ -40,7 +40,7 @@ def _products(
         past = (n * K + K + t - BEFORE) * FRAME + o0
         for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
             acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
-    now = (f - BEFORE) * FRAME + o0
+    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0  # a sample of x has T + KT - 1 - BEFORE frames
     for i in tl.range(here * KB, KT * KB, num_stages=STAGES):
         acc = tl.dot(x.load([now + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
     pixel = o0 + tl.arange(0, ROWS)[:, None]
@@ -82,13 +82,19 @@ def thin_conv(
 ) -> Tensor:
     """`conv` of `[N, I, (T,) H, W]` by `[O, I, (kt,) 3, 3]`, O <= 7, with one pixel of zeros around each frame.
 
-    `before` and `history` as in `conv`. The result is contiguous `[N, O, (T',) H, W]` in the weight's dtype.
+    `before` and `history` as in `conv`. The result is `[N, O, (T',) H, W]` in the weight's dtype; our kernel's is
+    contiguous.
+
+    Raises:
+        ValueError: more output channels than the planes are for.
     """
     o, i, *time = weight.shape[:-2]
+    if o > MOST:
+        raise ValueError(f"thin_conv makes at most {MOST} channels, and was asked for {o}")
     tile = tile_of(i, o)
     columns, depth = tile.cols, tile.depth
     products = weight.new_empty((columns, i, 1, 1))
-    if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
+    if differentiates(x, weight, bias, history) or unsupported(x, products, (0, 0)) is not None:
         return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)

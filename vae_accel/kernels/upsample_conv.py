@@ -20,9 +20,11 @@ tl: Any = None  # triton.language, bound at the first launch
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The law, frame by frame: `[N, I, (T,) H, W]` to `[N, O, (T,) 2H, 2W]`."""
+    """The law, frame by frame: `[N, I, (T,) H, W]` to `[N, O, (T,) 2H, 2W]`; fp16 beside bf16 in fp32."""
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
     frames = x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
-    y = F.conv2d(F.interpolate(frames, scale_factor=2.0), weight, bias, padding=1)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(F.interpolate(frames, scale_factor=2.0), weight.to(x.dtype), bias, padding=1).to(weight.dtype)
     return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2) if x.dim() == 5 else y
 
 

@@ -42,7 +42,7 @@ def _normed(pointer, gamma, bias, inside, eps, C, ROWS: tl.constexpr, COLS: tl.c
     value = value * (tl.sqrt(1.0 * C) / tl.maximum(tl.sqrt(square), eps)) * gamma + bias
     if ACT:
         value = value / (1 + tl.exp(-value))
-    return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+    return tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16).to(tl.float32)
 
 
 @lazy_kernel(alike="T FRAME")
@@ -103,52 +103,35 @@ def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, B
 
 @lazy_kernel(alike="pairs H W ROW FRAME O tiles_n")
 def _conv_pairs(
-    x, w, w2, bias, residual, residual2, out, out2, pairs, H, W, ROW, FRAME, O, tiles_n,
-    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, w, bias, residual, out, pairs, H, W, ROW, FRAME, O, tiles_n,
+    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`: overlapping rows [pixels, 3 C] of four frames a pair. `w`: [O, 4 * 3 * KB DEPTH]."""
     PER: tl.constexpr = 3 * KB
     pid = tl.program_id(0)
-    n0 = (pid % tiles_n) * (COLS + MORE)
+    n0 = (pid % tiles_n) * COLS
     pair = pid // tiles_n % pairs
     o0 = pid // (tiles_n * pairs) * ROWS
     first = 4 * pair * FRAME + o0
     p = tl.full([ROWS, COLS], 0, tl.float32)
     q = tl.full([ROWS, COLS], 0, tl.float32)
-    if MORE:
-        p2 = tl.full([ROWS, MORE], 0, tl.float32)
-        q2 = tl.full([ROWS, MORE], 0, tl.float32)
     for i in tl.range(0, PER, num_stages=STAGES):
         pixel = first + i // KB * ROW
         a = x.load([pixel + FRAME, i % KB * DEPTH])
         b = x.load([pixel + 2 * FRAME, i % KB * DEPTH])
         p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
         q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
-        if MORE:
-            p2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, p2)
-            q2 = tl.dot(b, w2.load([n0 + COLS, (i + PER) * DEPTH]).T, q2)
     total = p + q
     q = p - q + _begin(bias, residual, 2 * pair + 1, o0, n0, n0, O, ROWS, COLS)
     p = total + _begin(bias, residual, 2 * pair, o0, n0, n0, O, ROWS, COLS)
-    if MORE:
-        total2 = p2 + q2
-        q2 = p2 - q2 + _begin(bias, residual2, 2 * pair + 1, o0, n0 + COLS, n0 + COLS, O, ROWS, MORE)
-        p2 = total2 + _begin(bias, residual2, 2 * pair, o0, n0 + COLS, n0 + COLS, O, ROWS, MORE)
     for i in tl.range(2 * PER, 3 * PER, num_stages=STAGES):
         pixel = first + (i // KB - 6) * ROW
         a = x.load([pixel, i % KB * DEPTH])
         b = x.load([pixel + 3 * FRAME, i % KB * DEPTH])
         p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
         q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
-        if MORE:
-            p2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, p2)
-            q2 = tl.dot(b, w2.load([n0 + COLS, (i + PER) * DEPTH]).T, q2)
     _finish(out, p, 2 * pair, o0, n0, ROW, H, W, ROWS, COLS)
     _finish(out, q, 2 * pair + 1, o0, n0, ROW, H, W, ROWS, COLS)
-    if MORE:
-        _finish(out2, p2, 2 * pair, o0, n0 + COLS, ROW, H, W, ROWS, MORE)
-        _finish(out2, q2, 2 * pair + 1, o0, n0 + COLS, ROW, H, W, ROWS, MORE)
 
 
 def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
@@ -232,30 +215,28 @@ def conv_pairs(
     residual = None if residual is None else bordered.bordered(residual)
     matrix = transformed_taps(weight, tile.depth)
     place, pairs = bordered.geometry(x), n * t // 4
-    tiles_n = -(-weight.shape[0] // (tile.cols + tile.more))
-    sides = [_frames_of(clip, tile, cols) for clip in (residual, out) for cols in (tile.cols, tile.more)]
+    tiles_n = -(-weight.shape[0] // tile.cols)
     if _dispatch.tally is not None:  # as many as the direct convolution, for a rate that compares
         _dispatch.tally("_conv_pairs", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
-            _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile),
-            _block_of(matrix, tile.more, tile) if tile.more else None, bias, *sides, pairs, place.height, place.width,
-            place.row, place.frame, weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth),
-            MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
+            _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile), bias, _frames_of(residual, tile, tile.cols),
+            _frames_of(out, tile, tile.cols), pairs, place.height, place.width, place.row, place.frame,
+            weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(),
+            num_warps=tile.warps,
         )  # fmt: skip
     return out
 
 
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
-    tile = tile_of(192, 192)
+    tile = tile_of(384, 384)
     assert tile is not None
     halves = dict.fromkeys(("history", "out", "kept"), "fp16")
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "w2": tile.taps("fp16", tile.more), "bias": "bf16"}
-    for name in ("residual", "out"):
-        convolution |= {name: tile.frames("bf16"), f"{name}2": tile.frames("bf16", tile.more)}
+    frames = dict.fromkeys(("residual", "out"), tile.frames("bf16"))
+    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", **frames}
     return [
         signature(_norm_pairs, {"x": "bf16", "weight": "bf16", **halves}, {"ACT": True, "ROWS": 16, "COLS": 256}),
         signature(_transform_taps, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
-        signature(_conv_pairs, convolution, {"KB": 18, "MORE": tile.more, **tile.constexprs()}, warps=tile.warps),
+        signature(_conv_pairs, convolution, {"KB": 18, **tile.constexprs()}, warps=tile.warps),
     ]
