@@ -170,8 +170,8 @@ def rms_norm(
     """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False.
 
     `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's. With
-    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`, or None where
-    that is not what this norm and its SiLU compute.
+    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`, or None
+    where that is not what this norm and its SiLU compute.
     """
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
