@@ -122,6 +122,25 @@ def test_no_further_from_the_truth_in_fp32(case: Tiny) -> None:
     assert rms_error(case.decode(optimized(vae, ALONE), latent), golden) <= 1.1 * stock  # one model, one latent
 
 
+@each_case
+@torch.no_grad()
+def test_convolutions_asked_for_in_bf16_are_left_to_what_lowers_them(case: Tiny) -> None:
+    """A single frame, whose convolutions are all rewritten where they are not these blocks'."""
+    latent, results = case.single_frame_latent(), []
+    lower = [step for step in BESIDE.vae if step.rewrite.name not in ("fused_blocks", "half_decode")]
+    for steps in (plan(tuple(lower)), plan((*lower, base.Step(FusedBlocks(), "on", "test")))):
+        vae = case.build()
+        base.run(vae, steps, steps.vae, "vae", {"strict": True, "bf16": True})
+        results.append(case.decode(vae, latent))
+    outcome = ledger_of(vae).outcomes[-1]
+    assert torch.equal(*results) and not outcome.taken
+    reason = "its convolutions are to run in torch.bfloat16, which is what the rewrites beneath it do"
+    assert set(outcome.refused.values()) == {reason}
+    vae = case.build(dtype=torch.bfloat16)
+    base.run(vae, steps, steps.vae, "vae", {"strict": True, "bf16": True})
+    assert ledger_of(vae).outcomes[-1].taken and not ledger_of(vae).outcomes[-1].refused
+
+
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2-5b", "qwen-image"])
 @torch.no_grad()
 def test_chunks_of_several_latents_hand_on_the_caches_of_stock(name: str) -> None:

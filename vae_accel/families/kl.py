@@ -44,9 +44,11 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
 
 def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **kwargs: Any) -> Tensor:
     """Upsample2D, [N, C, H, W] -> [N, C', 2H, 2W]. Any further argument (`output_size`) is stock's."""
-    if not _alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
+    child = getattr(block, conv)
+    adapted = not isinstance(child, nn.Conv2d)  # which would add to the small picture
+    if adapted or not _alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
         return below(*args, **kwargs)
-    return getattr(block, conv)(args[0], small=True)
+    return child(args[0], small=True)
 
 
 def attention(attn: Any, below: Callable[..., Tensor], wide: bool, *args: Any, **kwargs: Any) -> Tensor:

@@ -74,7 +74,7 @@ def upsample(
 ) -> Tensor:
     """[N, C, T, H, W] -> [N, C', T, 2H, 2W]; `upsample3d` 2T frames, but of the first latent and without a cache."""
     feat_idx = [0] if feat_idx is None else feat_idx
-    if x.numel() == 0 or runs_stock(x):
+    if x.numel() == 0 or runs_stock(x) or _is_adapted(module):
         return below(x, feat_cache, feat_idx)
     if module.mode == "upsample3d" and feat_cache is not None:
         slot = feat_idx[0]
@@ -86,6 +86,12 @@ def upsample(
                 feat_cache[slot] = None
             x = _chunk(module.time_conv, feat_cache, feat_idx, x, interleave=True)
     return clip(module.resample[1](pictures(x), small=True), x.shape[2])
+
+
+def _is_adapted(module: Any) -> bool:
+    """Whether an adapter wraps a convolution that upsamples: it would add to the small clip."""
+    convs = [module.resample[1], *([module.time_conv] if module.mode == "upsample3d" else [])]
+    return not all(isinstance(conv, nn.Conv2d | nn.Conv3d) for conv in convs)
 
 
 def downsample(

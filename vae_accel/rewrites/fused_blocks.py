@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
@@ -19,11 +20,18 @@ from vae_accel.rewrite import Rewrite, Site, Tier
 
 @dataclass(frozen=True)
 class FusedBlocks(Rewrite):
-    """Sites are blocks; `facts`: the family's row."""
+    """Sites are blocks; `facts`: the family's row.
+
+    Blocks wider than `compute_dtype` are left to the rewrites that lower their convolutions: ours multiply what they
+    are given.
+    """
 
     name = "fused_blocks"
     tier = Tier.ROUNDING
     over = ("causal_padding", "single_frame_conv", "folded_upsample", "conv3d_as_conv2d", "fused_norm_act")
+    lowers = True
+
+    compute_dtype: torch.dtype | None = None
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         for path, module in root.named_modules():
@@ -31,12 +39,19 @@ class FusedBlocks(Rewrite):
             if isinstance(block, str):
                 yield Site(path, block)
             elif block is not None:
-                yield Site(path, _refusal(root, ledger, path, block), {"block": block})
+                refused = _wider(module, self.compute_dtype) or _refusal(root, ledger, path, block)
+                yield Site(path, refused, {"block": block})
 
     def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
         block: Block = site.facts["block"]
         for hand in block.hands:
             pen.method(_join(site.path, hand.path), hand.slot, hand.function, *hand.facts)
+
+
+def _wider(module: nn.Module, compute_dtype: torch.dtype | None) -> str | None:
+    if compute_dtype is None or all(p.dtype.itemsize <= compute_dtype.itemsize for p in module.parameters()):
+        return None
+    return f"its convolutions are to run in {compute_dtype}, which is what the rewrites beneath it do"
 
 
 def _refusal(root: nn.Module, ledger: Ledger, path: str, block: Block) -> str | None:
