@@ -268,7 +268,9 @@ def runs(x: Tensor) -> bool:
 
 def wants_fp16(x: Tensor) -> bool:
     """Whether what normalises bf16 `x` had better write fp16: not for the vendor's, which would convert it."""
-    return x.dtype == torch.bfloat16 and measured_on(x.device) and runs(x)
+    if x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    return measured_on(x.device) and (not x.is_cuda or triton_available(x))
 
 
 def _unable(x: Tensor) -> str | None:
