@@ -22,7 +22,8 @@ def decode_stream(
 
     Put together along time they are `vae.decode(latents).sample`, bit for bit where that takes the same steps: an
     optimized VAE chooses them from the memory that is free, stock decodes one latent a step. Runs without gradients.
-    Nothing of a clip stays in the VAE, so that it may be abandoned, and others decoded, between any two frames.
+    Nothing of a clip stays in the VAE, so that it may be abandoned, and others decoded, between any two frames. Out of
+    memory, an optimized VAE begins again with half as many latents a step, warns, and yields no frame twice.
 
     Args:
         vae: an AutoencoderKLWan or AutoencoderKLQwenImage, optimized or not; offloaded and sliced as for `decode`.
@@ -32,6 +33,7 @@ def decode_stream(
             own and handed out one step late, so that copying, and what is done with them, overlaps with decoding.
 
     Raises:
+        torch.OutOfMemoryError: from the iterator, at one latent a step.
         ValueError: at the call, where the VAE cannot be streamed (another class, tiling) or `latents` is no clip.
     """
     if not chunked.is_chunked(vae):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tests.subjects import everything, plan
 from tests.vaes import TABLE, Tiny
 from vae_accel.edits import ledger_of
-from vae_accel.families import wan_conv
+from vae_accel.families import image_conv, wan_conv
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import Cuda, base
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.workloads.weights import randomise
 
 NAMES = ("wan2.1", "wan2.2-5b", "qwen-image", "qwen-image-2.1")
@@ -381,3 +382,37 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     for _ in range(2):
         torch.testing.assert_close(compiled(x, caches[0], [0]), block(x, caches[1], [0]))
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2-5b"])
+@torch.no_grad()
+def test_where_ours_does_not_run_the_rewrites_beneath_it_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32, and cards other than Hopper: bit for bit the plan without these blocks, but for shortcuts and attention."""
+    for module in (wan_conv, image_conv):
+        monkeypatch.setattr(module, "runs", lambda x: False)
+    without = plan(tuple(step for step in BESIDE.vae if step.rewrite.name != "fused_blocks"))
+    case, calls = tiny(name), []
+    kernel = wan_conv.fused
+    monkeypatch.setattr(wan_conv, "fused", lambda *args, **more: calls.append(1) or kernel(*args, **more))
+    ours, others = optimized(case.build()), case.build()
+    base.run(others, without, without.vae, "vae", {"strict": True})
+    for latent in (case.latent(), case.single_frame_latent()):
+        torch.testing.assert_close(case.decode(ours, latent), case.decode(others, latent), rtol=0, atol=2e-6)
+    assert not calls
+
+
+@torch.no_grad()
+def test_out_of_memory_half_way_begins_again() -> None:
+    case, chunks = tiny("wan2.2-5b"), plan((base.Step(LatentChunks(), "on", "test"), *ALONE.vae))
+    stock, ours = case.build(dtype=torch.float64), optimized(case.build(dtype=torch.float64), chunks)
+    calls: list[int] = []
+
+    def full(block: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.append(args[0].shape[2])
+        if calls[-1] > 8:  # two latents
+            raise torch.OutOfMemoryError("full")
+
+    ours.decoder.up_blocks[-1].resnets[0].conv2.register_forward_pre_hook(full)
+    latent = clip(1, 6, 6, 2, 3)
+    with pytest.warns(RuntimeWarning, match="begun again at"):
+        assert_close(case.decode(ours, latent), case.decode(stock, latent))

@@ -1,7 +1,7 @@
 """The forward of an nn.Conv2d on the fused convolution, for the blocks whose forward is ours.
 
 It is stock's, and takes a `residual` that only those blocks pass. What ours does not do (a gradient, autocast, a tiling
-patch of the padding, another dtype) goes below in the weight's dtype, and the residual is added after it.
+patch of the padding, another dtype or card) goes below in the weight's dtype, and the residual is added after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vae_accel.edits import unusable_weight
 from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import unsupported
+from vae_accel.kernels.conv import runs, unsupported
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
@@ -66,7 +66,7 @@ def _ours(conv: Any, x: Tensor, residual: Tensor | None, known: Any = None) -> b
     # Textures are made seamless by patching one of these two on a model in use.
     if conv.padding_mode != "zeros" or conv.__dict__.get("_conv_forward") is not known:
         return False
-    fits = x.dtype == conv.weight.dtype or _is_half(conv, x)
+    fits = runs(x) and (x.dtype == conv.weight.dtype or _is_half(conv, x))
     return fits and not runs_stock(x, residual, conv.weight, conv.bias)
 
 

@@ -1,7 +1,7 @@
 """The forwards of the convolutions of Wan and Qwen-Image, on the fused convolution.
 
 Each is what stock's is, and takes keywords that only the blocks of `families/wan.py` pass. What ours does not do (a
-gradient, autocast, another dtype or shape) goes below in the model's dtype, and the keyword's work is done after it.
+gradient, autocast, another dtype, shape or card) goes below in the model's dtype, and the keyword's work is done after.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
 from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import interleaved
+from vae_accel.kernels.conv import interleaved, runs
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
@@ -96,7 +96,7 @@ def _history(conv: Any, cache_x: Tensor | None) -> Tensor | None:
 def _ours(conv: Any, x: Tensor, residual: Tensor | None = None) -> bool:
     if x.dim() < 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
         return False
-    fits = x.dtype == conv.weight.dtype or _is_half(conv, x)
+    fits = runs(x) and (x.dtype == conv.weight.dtype or _is_half(conv, x))
     return fits and not runs_stock(x, residual, conv.weight, conv.bias)
 
 

@@ -289,6 +289,11 @@ def measured_on(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def runs(x: Tensor) -> bool:
+    """Whether to convolve `x` here and not by the rewrites for the vendor's; on the CPU the reference stands in."""
+    return not x.is_cuda or _unable(x) is None
+
+
 def wants_fp16(x: Tensor) -> bool:
     """Whether what normalises bf16 `x` had better write fp16: not for the vendor's, which would convert it."""
     if x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
@@ -296,9 +301,8 @@ def wants_fp16(x: Tensor) -> bool:
     return measured_on(x.device) and (not x.is_cuda or triton_available(x))
 
 
-def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
-    """Why the vendor's convolution runs instead of ours, or None."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype not in (torch.bfloat16, torch.float16):
+def _unable(x: Tensor) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{x.dtype} is no 16-bit type"
     if not triton_available(x):
         return "there is no Triton"
@@ -306,8 +310,15 @@ def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | No
         return "a compiler sees through the vendor's"
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
-    if not measured_on(x.device):
-        return "it is measured on compute capability 9.0 alone"
+    return None if measured_on(x.device) else "it is measured on compute capability 9.0 alone"
+
+
+def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
+    """Why the vendor's convolution runs instead of ours, or None."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"{weight.dtype} is no 16-bit type"
+    if (reason := _unable(x)) is not None:
+        return reason
     if x.shape[1] % 8 or weight.shape[0] % 8:
         return "the copy engine moves multiples of 16 bytes"
     if (tuple(weight.shape[-2:]), tuple(padding)) not in (((3, 3), (1, 1)), ((1, 1), (0, 0))):
