@@ -43,8 +43,8 @@ class Geometry(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of the whole allocation: the frames, and behind the last one a row and two pixels of zeros."""
-        return self.frames * self.frame + self.row + 2
+        """Of the whole allocation: the frames, and behind the last one as many zeros as before a frame's picture."""
+        return self.frames * self.frame + self.first
 
     @property
     def first(self) -> int:

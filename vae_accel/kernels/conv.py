@@ -11,7 +11,7 @@ first operand, for which Triton 3.6 goes through registers (445 instead of 750 T
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from . import bordered
 from ._dispatch import (
     LazyFunction,
     Signature,
-    descriptor,
     differentiates,
     empty_in_layout_of,
     lazy_kernel,
@@ -29,38 +28,10 @@ from ._dispatch import (
     triton_available,
 )
 from .causal_pad import causal_pad
+from .tile_choice import choose
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
-
-
-class Tile(NamedTuple):
-    """What one program computes: `rows` pixels of one frame by `cols` + `more` channels, `depth` of the sum at a time.
-
-    192 channels are 128 + 64: two products that share the pixels. Powers of two alone would waste a quarter.
-    """
-
-    rows: int
-    cols: int
-    more: int
-    depth: int
-    stages: int
-    warps: int
-
-    def constexprs(self) -> dict[str, int]:
-        """As every kernel names them; `more` is for those that have two products."""
-        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "STAGES": self.stages}
-
-    def pixels(self, dtype: str) -> str:
-        """The type of the descriptor of a clip's rows, to compile ahead of time."""
-        return descriptor(dtype, self.rows, self.depth)
-
-    def taps(self, dtype: str, cols: int | None = None) -> str:
-        """Of the weight matrix."""
-        return descriptor(dtype, cols or self.cols, self.depth)
-
-    def frames(self, dtype: str, cols: int | None = None) -> str:
-        """Of a result or a residual."""
-        return descriptor(dtype, 1, self.rows, cols or self.cols)
 
 
 def reference(
@@ -185,7 +156,7 @@ def _launch(
     x = bordered.bordered(x)
     out = bordered.empty(shape, out_dtype or weight.dtype, x.device)
     place = bordered.geometry(x)
-    together = 2 if kw == 3 and _in_pairs(channels_out // split) and place.width % 2 == 0 else 1
+    together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
     history = None if history is None else bordered.bordered(history, x.dtype)
     residual = None if residual is None else bordered.bordered(residual)
@@ -208,12 +179,12 @@ def _launch(
     return out
 
 
-def _in_pairs(channels_out: int) -> bool:
-    """Whether two neighbouring pixels are computed as one of twice the channels: 96, of which a tile of 128 would waste
-    a quarter. Four taps of a row stand for three, which wastes as much, but 192 channels read the pixels less often:
-    the second level cache, not the tensor cores, bounds this shape (6.2 TB/s at 458 TFLOP/s).
+def _together(x: Tensor, weight: Tensor, split: int) -> int:
+    """How many neighbouring pixels are computed as one of so many times the channels: two of 96 channels, of which a
+    tile of 128 would waste a quarter. Four taps of a row stand for three, which wastes as much, but 192 channels read
+    the pixels less often: the second level cache, not the tensor cores, bounds this shape (6.2 TB/s at 458 TFLOP/s).
     """
-    return channels_out == 96
+    return 2 if weight.shape[-1] == 3 and split == 1 and weight.shape[0] == 96 and x.shape[-1] % 2 == 0 else 1
 
 
 def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
@@ -336,9 +307,17 @@ def conv(
         return reference(
             x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
         )
-    if unsupported(x, weight, padding) is not None:
+    tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
+    if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split)
+    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+
+
+def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
+    """The tile, or None where the vendor's convolution was measured to be faster."""
+    together = _together(x, weight, split)
+    key = key_of("conv" if together == 1 else "conv_pixel_pairs", x, weight, split=split)
+    return choose(key, tile_of(key.channels_in, key.channels_out * together, key.taps), x.device)
 
 
 def _vendor(

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import Tile, _block_of, _rows_of, conv, unsupported
+from .conv import _block_of, _rows_of, conv, unsupported
+from .tile_choice import choose
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -85,11 +87,13 @@ def thin_conv(
     `before` and `history` as in `conv`. The result is contiguous `[N, O, (T',) H, W]` in the weight's dtype.
     """
     o, i, *time = weight.shape[:-2]
-    tile = tile_of(i, o)
-    columns, depth = tile.cols, tile.depth
-    products = weight.new_empty((columns, i, 1, 1))
-    if differentiates(x, weight, bias) or unsupported(x, products, (0, 0)) is not None:
+    rule = tile_of(i, o)
+    products = weight.new_empty((rule.cols, i, 1, 1))
+    ours = not differentiates(x, weight, bias) and unsupported(x, products, (0, 0)) is None
+    tile = choose(key_of("thin_conv", x, weight), rule, x.device) if ours else None
+    if tile is None:
         return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
+    columns, depth = tile.cols, tile.depth
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x)

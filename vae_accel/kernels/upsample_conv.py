@@ -14,7 +14,9 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import Tile, _begin, _block_of, _rows_of, unsupported
+from .conv import _begin, _block_of, _rows_of, unsupported
+from .tile_choice import choose
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -124,7 +126,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias)
-    return _launch(x, weight, bias)
+    tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
+    return reference(x, weight, bias) if tile is None else _launch(x, weight, bias, tile)
 
 
 def signatures() -> list[Signature]:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
-from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, measured_on
+from .conv import _begin, _block_of, _finish, _frames_of, _rows_of, measured_on
 from .rms_norm_act import reference as rms_norm_reference
+from .tile_choice import choose
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -223,7 +225,9 @@ def conv_pairs(
     Two frames stand in front, one pixel of zeros around; `residual` is added in fp32 before the one rounding.
     """
     n, _, t, h, w = x.shape
-    tile = tile or tile_of(*weight.shape[:2])
+    rule = tile_of(*weight.shape[:2])
+    if tile is None and rule is not None:
+        tile = choose(key_of("winograd", x, weight), rule, x.device)
     assert tile is not None
     x = bordered.bordered(x)
     out = bordered.empty((n, weight.shape[0], t // 2, h, w), weight.dtype, x.device)
