@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests import interpreter
 from tests.kernels.clips import SMALL
+from vae_accel import optimize_vae
+from vae_accel.cli import app
 from vae_accel.kernels import tile_choice
-from vae_accel.kernels.tiles import Key, Tile
+from vae_accel.kernels.tiles import Key, Tile, candidates
 from vae_accel.tuning import problem, tune
 from vae_accel.tuning import workload as of_workload
 from vae_accel.tuning.problems import _sides
@@ -106,3 +111,44 @@ def test_the_numbers_are_of_the_size_they_stand_for(size):
 def test_what_cannot_be_tuned_is_told():
     with pytest.raises(ValueError, match="vision tower"):
         of_workload.tune_workload(next(iter(TOWERS.values())))
+
+
+def small():
+    """Wan's workload of a few channels: two levels, one upsampling."""
+    config = {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False], "z_dim": 16}
+    return dataclasses.replace(WORKLOADS["wan2.1"], config=config, spatial=2, temporal=1)
+
+
+def test_a_decode_and_an_encode_ask_for_what_is_tuned(interpreted, tmp_path):
+    workload = small()
+    vae = workload.build(torch.float16, CPU)
+    optimize_vae(vae, platform="cuda", only="fused_blocks", tiles=tmp_path / "none")
+    met = of_workload._met(workload, vae, workload.size("8x12x2"), CPU, torch.float16)
+    assert {key.kernel for key in met} >= {"conv"}
+    work = [key.channels_in * key.channels_out * key.taps << key.size for key in met]
+    assert work[0] > 2 * work[-1]
+    for key, tile in met.items():
+        assert candidates(key, tile)[0] == tile
+    again = of_workload._met(workload, vae, workload.size("8x12x2"), CPU, torch.float16)
+    assert again == met, "a decode is not changed by being listened to"
+
+
+def test_a_model_without_our_convolutions_is_told(monkeypatch):
+    """The CPU without Triton's interpreter."""
+    monkeypatch.setitem(WORKLOADS, "small", small())
+    arguments = ["tune", "small", "--size", "8x12x2", "--dtype", "fp16", "--platform", "cuda", "--only", "fused_blocks"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "meets none of our convolutions" in " ".join(result.output.split())
+
+
+def test_the_command_prints_and_writes(interpreted, monkeypatch, tmp_path):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("VAE_ACCEL_TILES", str(path))
+    monkeypatch.setitem(WORKLOADS, "small", small())
+    monkeypatch.setattr(of_workload, "_met", lambda *args: {KEYS["conv"]: SMALL})
+    monkeypatch.setattr(of_workload, "candidates", lambda key, tile: [tile])
+    arguments = ["tune", "small", "--size", "8x12x2", "--dtype", "fp16"]
+    result = CliRunner().invoke(app, arguments)
+    tile_choice.use(tmp_path / "none")
+    assert result.exit_code == 0, result.output
+    assert "conv 8 to 16, 27 taps, float16, 2^6" in result.output and path.exists()

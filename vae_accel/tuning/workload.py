@@ -77,6 +77,7 @@ def tune_workload(
         raise ValueError(f"{workload.name} is a vision tower: it has no convolution to tune")
     size = size or workload.size()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(dtype).removeprefix("torch.")
     path = settings.read(NAMES).tiles
     progress("looking for convolutions")
     vae = workload.build(dtype, device, model=model)
@@ -84,7 +85,7 @@ def tune_workload(
     met = _met(workload, vae, size, device, dtype)
     del vae
     if not met:
-        raise ValueError(f"{workload.name} meets none of our convolutions on {verify.device_name(device)} in {dtype}")
+        raise ValueError(f"{workload.name} meets none of our convolutions on {verify.device_name(device)} in {name}")
     start = time.perf_counter()
     tuned: list[Tuned] = []
     left: list[Key] = []
@@ -105,7 +106,7 @@ def tune_workload(
         if found.is_choice:
             tile_choice.write(path, _indexed(device), {key: found.tile})
     tile_choice.use(path)
-    title = f"{workload.name} {size} {str(dtype).removeprefix('torch.')} on {verify.device_name(device)}"
+    title = f"{workload.name} {size} {name} on {verify.device_name(device)}"
     return Tuning(title, tuple(tuned), tuple(left), path)
 
 
