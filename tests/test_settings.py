@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vae_accel import Tier, settings
@@ -77,10 +79,20 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 def test_the_table_lists_every_variable_with_its_value_now(monkeypatch):
     monkeypatch.setenv("VAE_ACCEL_STRICT", "1")
     rows = {row.name: row for row in table(NAMES)}
-    assert list(rows) == [PREFIX + n.upper() for n in ("platform", "tier", "strict", "bf16", *NAMES)]
+    assert list(rows) == [PREFIX + n.upper() for n in ("platform", "tier", "strict", "bf16", "tiles", *NAMES)]
     assert (rows["VAE_ACCEL_STRICT"].value, rows["VAE_ACCEL_STRICT"].default) == ("1", "0")
     assert rows["VAE_ACCEL_TIER"].choices == "exact, rounding, lowered"
     assert all(row.meaning and row.choices for row in rows.values())
+
+
+def test_the_tiles_are_in_the_users_cache_or_where_they_are_said_to_be(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert read(NAMES).tiles == tmp_path / "vae-accel" / "tiles.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification says to ignore
+    assert read(NAMES).tiles == Path.home() / ".cache" / "vae-accel" / "tiles.json"
+    monkeypatch.setenv("VAE_ACCEL_TILES", "~/mine.json")
+    assert read(NAMES).tiles == Path.home() / "mine.json"
+    assert read(NAMES, tiles=tmp_path / "other.json").tiles == tmp_path / "other.json"
 
 
 def test_every_rewrite_has_a_switch_and_every_switch_a_rewrite():

@@ -1,4 +1,4 @@
-"""The command line: `vae-accel demo | verify | bench | list | env`."""
+"""The command line: `vae-accel demo | verify | bench | tune | list | env`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,31 @@ def bench(
         print_profile(result.profile)
         if write is not None:
             console.print(f"wrote {results.write(result, write)}")
+
+
+@app.command()
+def tune(
+    workload: WorkloadArg,
+    size: SizeOption = None,
+    dtype: DtypeOption = "bf16",
+    only: OnlyOption = None,
+    platform: PlatformOption = None,
+    model: ModelOption = None,
+    seconds: Annotated[float, typer.Option(help="for each convolution, compiling apart")] = 2.0,
+    total: Annotated[float, typer.Option(help="seconds after which no further convolution is begun")] = 600.0,
+) -> None:
+    """Choose the tile of each convolution a workload meets on this card, and remember it for every later run."""
+    from vae_accel import tuning, workloads
+
+    with _speaking():
+        chosen = workloads.get(workload)
+        options = {"dtype": _dtype(dtype), "platform": platform, "only": only, "model": model}
+        with _progress() as progress:
+            done = tuning.tune_workload(
+                chosen, _size(chosen, size), seconds=seconds, total=total, progress=progress, **options
+            )
+        console.print(done.table())
+        console.print(f"wrote {done.path}" + (f"; no time for {len(done.left)}: run again" if done.left else ""))
 
 
 @app.command("list")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, create_model
@@ -35,6 +36,9 @@ class _Variables(BaseSettings):
     bf16: bool = Field(
         False, description="run the rewritten convolutions in bf16 inside a higher-precision model (lowered)"
     )
+    tiles: str = Field(
+        "auto", description="what `vae-accel tune` found; auto: vae-accel/tiles.json in the user's cache directory"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Settings:
     tier: TierName
     strict: bool
     bf16: bool
+    tiles: Path
     switches: dict[str, Switch]
 
 
@@ -79,7 +84,8 @@ def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
         name = field if field in given else PREFIX + field.upper()
         choices = _choices(fields[field].annotation)
         raise SettingsError(f"{name}={first['input']!r}: choose one of {choices}") from error
-    return Settings(switches={n: values.pop(n) for n in names}, **values)
+    tiles = _tiles_file(values.pop("tiles"))
+    return Settings(switches={n: values.pop(n) for n in names}, tiles=tiles, **values)
 
 
 def table(rewrites: Iterable[str]) -> list[Variable]:
@@ -99,6 +105,13 @@ def _table(rewrites: tuple[str, ...]) -> type[_Variables]:
     return create_model("Variables", __base__=_Variables, **switches)  # type: ignore[call-overload]
 
 
+def _tiles_file(given: str) -> Path:
+    if given != "auto":
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache") / "vae-accel" / "tiles.json"
+
+
 def _refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -106,7 +119,7 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
 def _switch(value: Any) -> Any:
@@ -114,6 +127,8 @@ def _switch(value: Any) -> Any:
 
 
 def _choices(annotation: Any) -> str:
+    if annotation is str:
+        return "auto, a file"
     return ", ".join(get_args(annotation)) if get_args(annotation) else "0, 1"
 
 

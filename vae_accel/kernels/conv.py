@@ -11,7 +11,7 @@ first operand, for which Triton 3.6 goes through registers (445 instead of 750 T
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import (
-    LazyFunction,
     Signature,
-    descriptor,
     differentiates,
     empty_in_layout_of,
     lazy_kernel,
@@ -29,38 +27,11 @@ from ._dispatch import (
     triton_available,
 )
 from .causal_pad import causal_pad
+from .tile_choice import choose
+from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
-
-
-class Tile(NamedTuple):
-    """What one program computes: `rows` pixels of one frame by `cols` + `more` channels, `depth` of the sum at a time.
-
-    192 channels are 128 + 64: two products that share the pixels. Powers of two alone would waste a quarter.
-    """
-
-    rows: int
-    cols: int
-    more: int
-    depth: int
-    stages: int
-    warps: int
-
-    def constexprs(self) -> dict[str, int]:
-        """As every kernel names them; `more` is for those that have two products."""
-        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "STAGES": self.stages}
-
-    def pixels(self, dtype: str) -> str:
-        """The type of the descriptor of a clip's rows, to compile ahead of time."""
-        return descriptor(dtype, self.rows, self.depth)
-
-    def taps(self, dtype: str, cols: int | None = None) -> str:
-        """Of the weight matrix."""
-        return descriptor(dtype, cols or self.cols, self.depth)
-
-    def frames(self, dtype: str, cols: int | None = None) -> str:
-        """Of a result or a residual."""
-        return descriptor(dtype, 1, self.rows, cols or self.cols)
 
 
 def reference(
@@ -102,27 +73,6 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@LazyFunction
-def _finish(out, acc, frame, o0, n0, ROW, H, W, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Stores a tile of a bordered clip. Pixels that are border are zeros."""
-    row = o0 + tl.arange(0, ROWS)
-    inside = (row < H * ROW) & (row % ROW < W)
-    acc = tl.where(inside[:, None], acc, 0.0)
-    out.store([frame, o0, n0], acc.to(out.dtype).reshape(1, ROWS, COLS))
-
-
-@LazyFunction
-def _begin(bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """What a tile's sum starts from: bias and residual, or zeros. `n0` is its first channel, `c0` that in `out`."""
-    acc = tl.full([ROWS, COLS], 0, tl.float32)
-    if bias is not None:
-        col = n0 + tl.arange(0, COLS)
-        acc += tl.load(bias + col, mask=col < O, other=0).to(tl.float32)[None, :]
-    if residual is not None:
-        acc += residual.load([frame, o0, c0]).reshape(ROWS, COLS).to(tl.float32)
-    return acc
-
-
 @lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n")
 def _conv(
     x, history, w, w2, bias, residual, residual2, out, out2,
@@ -142,9 +92,9 @@ def _conv(
     frame = f * split + side // tiles_c
     c0 = side % tiles_c * (COLS + MORE)
     n0 = side // tiles_c * channels + c0
-    acc = _begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+    acc = begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
     if MORE:
-        acc2 = _begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
+        acc2 = begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
     PER: tl.constexpr = KH * KB
     here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
     if BEFORE:
@@ -160,9 +110,9 @@ def _conv(
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    _finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
     if MORE:
-        _finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
 
 
 def _launch(
@@ -185,13 +135,13 @@ def _launch(
     x = bordered.bordered(x)
     out = bordered.empty(shape, out_dtype or weight.dtype, x.device)
     place = bordered.geometry(x)
-    together = 2 if kw == 3 and split == 1 and _in_pairs(channels_out) and place.width % 2 == 0 else 1
+    together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
     history = None if history is None else bordered.bordered(history, x.dtype)
     residual = None if residual is None else bordered.bordered(residual)
     matrix = weight_matrix(weight, x.dtype, tile.depth, together)
     bias = bias if bias is None or together == 1 else bias.repeat(together)
-    sides = [_frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
+    sides = [frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
     columns = matrix.shape[0]
     tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
@@ -199,8 +149,8 @@ def _launch(
         _dispatch.tally("_conv", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
         _conv[(tiles_n * frames * -(-frame // tile.rows),)](
-            _rows_of(x, kw, tile, together), _rows_of(x if history is None else history, kw, tile, together),
-            _block_of(matrix, tile.cols, tile), _block_of(matrix, tile.more, tile) if tile.more else None,
+            rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
+            block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
             bias, *sides, frames, frames // n, 0 if history is None else history.shape[2],
             place.height, place.width // together, place.row // together, frame, columns,
             0 if kh == 3 else place.first, columns // split, tiles_n,
@@ -210,12 +160,12 @@ def _launch(
     return out
 
 
-def _in_pairs(channels_out: int) -> bool:
-    """Whether two neighbouring pixels are computed as one of twice the channels: 96, of which a tile of 128 would waste
-    a quarter. Four taps of a row stand for three, which wastes as much, but 192 channels read the pixels less often:
-    the second level cache, not the tensor cores, bounds this shape (6.2 TB/s at 458 TFLOP/s).
+def _together(x: Tensor, weight: Tensor, split: int) -> int:
+    """How many neighbouring pixels are computed as one of so many times the channels: two of 96 channels, of which a
+    tile of 128 would waste a quarter. Four taps of a row stand for three, which wastes as much, but 192 channels read
+    the pixels less often: the second level cache, not the tensor cores, bounds this shape (6.2 TB/s at 458 TFLOP/s).
     """
-    return channels_out == 96
+    return 2 if weight.shape[-1] == 3 and split == 1 and weight.shape[0] == 96 and x.shape[-1] % 2 == 0 else 1
 
 
 def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
@@ -244,41 +194,6 @@ def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int 
     if short:
         taps = F.pad(taps, (0, short))
     return taps.flatten(1).to(dtype)
-
-
-def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    return _descriptor_class()(base, shape, strides, block)
-
-
-@functools.cache
-def _descriptor_class() -> Any:
-    import importlib
-
-    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-
-
-def _rows_of(x: Tensor, kw: int, tile: Tile, together: int = 1) -> Any:
-    """Every pixel (or every `together`-th) and the taps behind it as one row, as far as they lie in the memory."""
-    pixels = bordered.pixels_of(x)
-    count, channels = pixels.shape
-    taps = kw + together - 1
-    shape, strides = [(count - taps) // together + 1, taps * channels], [together * channels, 1]
-    return _descriptor(pixels, shape, strides, [tile.rows, tile.depth])
-
-
-def _block_of(matrix: Tensor, cols: int, tile: Tile) -> Any:
-    return _descriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [cols, tile.depth])
-
-
-def _frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> Any:
-    """The frames from their first picture pixel on: a tile that reaches over a frame's end is cut off there."""
-    if x is None or not cols:
-        return None
-    place, channels = bordered.geometry(x), x.shape[1]
-    pixels = bordered.pixels_of(x)[place.first :]
-    shape = [place.frames, place.frame // together, together * channels]
-    strides = [place.frame * channels, together * channels, 1]
-    return _descriptor(pixels, shape, strides, [1, tile.rows, cols])
 
 
 @functools.cache
@@ -353,9 +268,17 @@ def conv(
         return reference(
             x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
         )
-    if unsupported(x, weight, padding) is not None:
+    tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
+    if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split)
+    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+
+
+def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
+    """The tile, or None where the vendor's convolution was measured to be faster."""
+    together = _together(x, weight, split)
+    key = key_of("conv" if together == 1 else "conv_pixel_pairs", x, weight, split=split)
+    return choose(key, tile_of(key.channels_in, key.channels_out * together, key.taps), x.device)
 
 
 def _vendor(
@@ -387,15 +310,11 @@ def signatures() -> list[Signature]:
     more = {"w2": wide.taps("fp16", wide.more)}
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
-    least = {
-        "x": plain.pixels("fp16"),
-        "history": plain.pixels("fp16"),
-        "w": plain.taps("fp16"),
-        "out": plain.frames("bf16"),
-    }
+    clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
+    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
+    all_of_it = {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}
+    nothing = {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}
     return [
-        signature(
-            _conv, pixels | more, {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}, warps=wide.warps
-        ),
-        signature(_conv, least, {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}, warps=plain.warps),
+        signature(_conv, pixels | more, all_of_it, warps=wide.warps),
+        signature(_conv, least, nothing, warps=plain.warps),
     ]

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import Tile, _block_of, _rows_of, conv, unsupported
+from .conv import conv, unsupported
+from .tile_choice import choose
+from .tile_io import block_of, rows_of
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -91,11 +94,13 @@ def thin_conv(
     o, i, *time = weight.shape[:-2]
     if o > MOST:
         raise ValueError(f"thin_conv makes at most {MOST} channels, and was asked for {o}")
-    tile = tile_of(i, o)
-    columns, depth = tile.cols, tile.depth
-    products = weight.new_empty((columns, i, 1, 1))
-    if differentiates(x, weight, bias, history) or unsupported(x, products, (0, 0)) is not None:
+    rule = tile_of(i, o)
+    products = weight.new_empty((rule.cols, i, 1, 1))
+    ours = not differentiates(x, weight, bias, history) and unsupported(x, products, (0, 0)) is None
+    tile = choose(key_of("thin_conv", x, weight), rule, x.device) if ours else None
+    if tile is None:
         return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
+    columns, depth = tile.cols, tile.depth
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x)
@@ -110,8 +115,8 @@ def thin_conv(
         _dispatch.tally("_gather", 0, y.numel() * y.element_size() + out.numel() * out.element_size())
     with torch.cuda.device_of(x):
         _products[(frames * -(-place.frame // tile.rows),)](
-            _rows_of(x, 1, tile), _rows_of(x if history is None else history, 1, tile),
-            _block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
+            rows_of(x, 1, tile), rows_of(x if history is None else history, 1, tile),
+            block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
             place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), **tile.constexprs(),
             num_warps=tile.warps,
         )  # fmt: skip

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import Tile, _begin, _block_of, _rows_of, unsupported
+from .conv import unsupported
+from .tile_choice import choose
+from .tile_io import begin, block_of, rows_of
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -64,7 +67,7 @@ def _upsample_conv(
     o0 = pid // (tiles_n * 4 * frames) * ROWS
     a = phase // 2
     b = phase % 2
-    acc = _begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
+    acc = begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
     first = f * FRAME + o0 + a * ROW + b
     for i in tl.range(0, 2 * KB, num_stages=STAGES):
         pixels = x.load([first + i // KB * ROW, i % KB * DEPTH])
@@ -116,7 +119,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = 
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
     with torch.cuda.device_of(x):
         _upsample_conv[(tiles_n * 4 * place.frames * -(-place.height * place.row // tile.rows),)](
-            _rows_of(x, 2, tile), _block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,
+            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,
             place.width, place.row, place.frame, channels_out, tiles_n, KB=matrix.shape[1] // (2 * tile.depth),
             **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
@@ -130,7 +133,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias)
-    return _launch(x, weight, bias)
+    tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
+    return reference(x, weight, bias) if tile is None else _launch(x, weight, bias, tile)
 
 
 def signatures() -> list[Signature]:

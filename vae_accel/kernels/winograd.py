@@ -18,8 +18,11 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
-from .conv import Tile, _begin, _block_of, _finish, _frames_of, _rows_of, measured_on
+from .conv import measured_on
 from .rms_norm_act import reference as rms_norm_reference
+from .tile_choice import choose
+from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -122,16 +125,16 @@ def _conv_pairs(
         p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
         q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
     total = p + q
-    q = p - q + _begin(bias, residual, 2 * pair + 1, o0, n0, n0, O, ROWS, COLS)
-    p = total + _begin(bias, residual, 2 * pair, o0, n0, n0, O, ROWS, COLS)
+    q = p - q + begin(bias, residual, 2 * pair + 1, o0, n0, n0, O, ROWS, COLS)
+    p = total + begin(bias, residual, 2 * pair, o0, n0, n0, O, ROWS, COLS)
     for i in tl.range(2 * PER, 3 * PER, num_stages=STAGES):
         pixel = first + (i // KB - 6) * ROW
         a = x.load([pixel, i % KB * DEPTH])
         b = x.load([pixel + 3 * FRAME, i % KB * DEPTH])
         p = tl.dot(a, w.load([n0, i * DEPTH]).T, p)
         q = tl.dot(b, w.load([n0, (i + PER) * DEPTH]).T, q)
-    _finish(out, p, 2 * pair, o0, n0, ROW, H, W, ROWS, COLS)
-    _finish(out, q, 2 * pair + 1, o0, n0, ROW, H, W, ROWS, COLS)
+    finish(out, p, 2 * pair, o0, n0, ROW, H, W, ROWS, COLS)
+    finish(out, q, 2 * pair + 1, o0, n0, ROW, H, W, ROWS, COLS)
 
 
 def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
@@ -208,7 +211,9 @@ def conv_pairs(
     Two frames stand in front, one pixel of zeros around; `residual` is added in fp32 before the one rounding.
     """
     n, _, t, h, w = x.shape
-    tile = tile or tile_of(*weight.shape[:2])
+    rule = tile_of(*weight.shape[:2])
+    if tile is None and rule is not None:
+        tile = choose(key_of("winograd", x, weight), rule, x.device)
     assert tile is not None
     x = bordered.bordered(x)
     out = bordered.empty((n, weight.shape[0], t // 2, h, w), weight.dtype, x.device)
@@ -220,8 +225,8 @@ def conv_pairs(
         _dispatch.tally("_conv_pairs", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
-            _rows_of(x, 3, tile), _block_of(matrix, tile.cols, tile), bias, _frames_of(residual, tile, tile.cols),
-            _frames_of(out, tile, tile.cols), pairs, place.height, place.width, place.row, place.frame,
+            rows_of(x, 3, tile), block_of(matrix, tile.cols, tile), bias, frames_of(residual, tile, tile.cols),
+            frames_of(out, tile, tile.cols), pairs, place.height, place.width, place.row, place.frame,
             weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(),
             num_warps=tile.warps,
         )  # fmt: skip
