@@ -69,6 +69,12 @@ def test_bytes_are_read_once_and_written_once():
     assert not count(lambda: x.view(24)) and not count(lambda: torch.empty(9))
 
 
+def test_a_product_that_is_told_its_dtype_counts_as_any_other():
+    a, b = torch.zeros(2, 8, 16), torch.zeros(2, 16, 4)
+    out = torch.zeros(2, 8, 4)
+    assert profiling.flop("aten::bmm", torch.ops.aten.bmm, (a, b, torch.float32), {}, out) == 2 * 2 * 8 * 16 * 4
+
+
 def test_the_rates_are_work_by_time():
     costs = {"aten::convolution": Cost(2, 1000.0), "aten::silu": Cost(1, 500.0), "aten::view": Cost(1, 500.0)}
     work = {"aten::convolution": Work(flop=3 * 10**9, bytes=5), "aten::silu": Work(bytes=10**6)}
