@@ -160,3 +160,10 @@ def test_norms_of_any_shape(device, shape, per_frame):
     ours = rms_norm_act.rms_norm_act(bordered.bordered(x), None, None, 1e-6, act=False)
     assert_bordered(ours)
     assert_close(ours, rms_norm_act.reference(x.double(), None, None, 1e-6, act=False))
+
+
+def test_other_data_under_the_same_tensor_is_not_bordered():
+    x = bordered.bordered(torch.randn(1, 8, 3, 4))
+    assert bordered.is_bordered(x)
+    x.data = torch.randn(1, 8, 3, 4)
+    assert not bordered.is_bordered(x)
