@@ -12,8 +12,9 @@ from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized
 from tests.snapshots import assert_identical, snapshot
-from tests.subjects import WIDE, everything, plan
+from tests.subjects import WIDE
 from tests.tiny import Tiny, image
 from tests.vaes import TABLE
 from vae_accel import api
@@ -23,9 +24,7 @@ from vae_accel.families.blocks import block_of
 from vae_accel.kernels._dispatch import FP16_MAX
 from vae_accel.kernels.bordered import bordered
 from vae_accel.metrics import rms_error
-from vae_accel.platforms import Cuda, base
-from vae_accel.rewrites.fused_blocks import FusedBlocks
-from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.platforms import base
 
 HUNYUAN_WIDE = image(
     "hunyuan-image-wide", "AutoencoderKLHunyuanImage", 8, (4, 6), 2,
@@ -40,16 +39,7 @@ SMALL = image(
 )  # fmt: skip
 NAMES = ("sd", "flux.1", "flux.2", "svd", "hunyuan-image")
 CASES = [*(case for case in TABLE if case.id in NAMES), SMALL, WIDE, HUNYUAN_WIDE]
-ALONE = plan((base.Step(FusedBlocks(), "on", "test"),))
-NORMS = plan((base.Step(FusedNormAct(), "on", "test"), base.Step(FusedBlocks(), "on", "test")))
-BESIDE = everything(Cuda)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-
-def optimized(model: nn.Module, steps: base.Platform = BESIDE) -> nn.Module:
-    base.run(model, steps, steps.vae, "vae", {"strict": True})
-    assert ledger_of(model).outcomes[-1].taken
-    return model
 
 
 def tiny(name: str) -> Tiny:

@@ -10,30 +10,21 @@ from accelerate import cpu_offload
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
-from tests.subjects import everything, plan
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized
+from tests.subjects import plan
 from tests.vaes import TABLE, Tiny
 from vae_accel.edits import ledger_of
 from vae_accel.families import image_conv, wan_conv
 from vae_accel.metrics import rms_error
-from vae_accel.platforms import Cuda, base
+from vae_accel.platforms import base
 from vae_accel.rewrites.fused_blocks import FusedBlocks
-from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.workloads.weights import randomise
 
 NAMES = ("wan2.1", "wan2.2-5b", "qwen-image", "qwen-image-2.1")
 CASES = [case for case in TABLE if case.id in NAMES]
-ALONE = plan((base.Step(FusedBlocks(), "on", "test"),))
-NORMS = plan((base.Step(FusedNormAct(), "on", "test"), base.Step(FusedBlocks(), "on", "test")))
-BESIDE = everything(Cuda)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-
-def optimized(model: nn.Module, steps: base.Platform = BESIDE) -> nn.Module:
-    base.run(model, steps, steps.vae, "vae", {"strict": True})
-    assert ledger_of(model).outcomes[-1].taken
-    return model
 
 
 def tiny(name: str) -> Tiny:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from vae_accel.families import kl, wan
-from vae_accel.families.match import estranged, known_as
+from vae_accel.families.match import by_row
 from vae_accel.families.row import Block
 
 ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {**wan.ROWS, **kl.ROWS}
@@ -15,10 +15,4 @@ ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {**wan.ROWS, **kl.R
 
 def block_of(module: nn.Module) -> Block | str | None:
     """What is ours in this block; the reason where it is a known block that cannot be taken; None where it is none."""
-    name = known_as(module, ROWS)
-    if name is None:
-        return estranged(module, ROWS)
-    try:
-        return ROWS[name](module)
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
-        return f"this {type(module).__name__} lacks the attributes of diffusers' class of that name"
+    return by_row(module, ROWS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
+from typing import TypeVar
 
 from torch import nn
+
+Found = TypeVar("Found")
 
 
 def known_as(module: nn.Module, names: Container[str]) -> str | None:
@@ -21,3 +24,15 @@ def estranged(module: nn.Module, names: Container[str]) -> str | None:
     if base is None or known_as(module, names) is not None:
         return None
     return f"{type(module).__name__} has a forward of its own, unlike {base}"
+
+
+def by_row(module: nn.Module, rows: Mapping[str, Callable[[nn.Module], Found | str | None]]) -> Found | str | None:
+    """What the row of a module's class says of it; the reason where it is a known class that lacks what the row reads,
+    or derives from one with a forward of its own; None where it is none."""
+    name = known_as(module, rows)
+    if name is None:
+        return estranged(module, rows)
+    try:
+        return rows[name](module)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+        return f"this {type(module).__name__} lacks the attributes of diffusers' class of that name"

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_accel.families.match import estranged, known_as
+from vae_accel.families.match import by_row, known_as
 from vae_accel.families.row import Hand
 from vae_accel.rewrite import runs_stock
 
@@ -48,13 +48,7 @@ class Upsampler:
 
 def upsampler_of(module: nn.Module) -> Upsampler | str | None:
     """How this module upsamples; the reason where it is an upsampler that cannot be folded; None where it is none."""
-    name = known_as(module, ROWS)
-    if name is None:
-        return estranged(module, ROWS)
-    try:
-        return ROWS[name](module)
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
-        return f"this {type(module).__name__} lacks the attributes of diffusers' class of that name"
+    return by_row(module, ROWS)
 
 
 def mark(x: Tensor, single: bool = False) -> Tensor:
