@@ -165,7 +165,9 @@ def _pairs(norm: nn.Module, conv: Any, x: Tensor, previous: Tensor | None) -> bo
     """
     if not isinstance(conv, nn.Conv3d) or conv.in_channels != x.shape[1]:
         return False
-    if not in_pairs(x, conv.out_channels, conv.kernel_size) or runs_stock(x, *norm.parameters(), *conv.parameters()):
+    if not in_pairs(x, conv.out_channels, conv.kernel_size) or runs_stock(
+        x, *norm.parameters(recurse=False), conv.weight, conv.bias
+    ):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in (norm, conv)):
         return False

@@ -5,7 +5,7 @@ tensor or are zeros (no cat, no pad), bias and residual are added in fp32 before
 bordered clips (`kernels/bordered.py`): a tap is a shift of rows of the matrix `[pixels, C]`, and the taps of a row are
 one run of `kw * C` numbers, read through a tensor descriptor whose rows overlap. So the inner loop is that of a plain
 matrix product, both operands by the copy engine. A descriptor with height and width in it would need a reshape of the
-first operand, for which Triton 3.6 goes through registers (445 instead of 750 TFLOP/s at best).
+first operand, for which Triton 3.6 goes through registers (seen in its IR; the loads of a row stay in shared memory).
 """
 
 from __future__ import annotations
@@ -124,7 +124,6 @@ def _launch(
     residual: Tensor | None,
     split: int,
     *,
-    out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
@@ -133,7 +132,7 @@ def _launch(
     frames_out = (time + before - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
     x = bordered.bordered(x)
-    out = bordered.empty(shape, out_dtype or weight.dtype, x.device)
+    out = bordered.empty(shape, weight.dtype, x.device)
     place = bordered.geometry(x)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
@@ -163,13 +162,14 @@ def _launch(
 def _together(x: Tensor, weight: Tensor, split: int) -> int:
     """How many neighbouring pixels are computed as one of so many times the channels: two of 96 channels, of which a
     tile of 128 would waste a quarter. Four taps of a row stand for three, which wastes as much, but 192 channels read
-    the pixels less often: the second level cache, not the tensor cores, bounds this shape (6.2 TB/s at 458 TFLOP/s).
+    the pixels less often, and the second level cache is busy: 6.2 TB/s with one pixel at a time, 71 % by its counters.
+    Expected from that, and not yet timed by itself against one pixel at a time.
     """
     return 2 if weight.shape[-1] == 3 and split == 1 and weight.shape[0] == 96 and x.shape[-1] % 2 == 0 else 1
 
 
 def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
-    """The tile for a convolution: best of those measured on an H100 and an H200 (platforms/cuda/README.md)."""
+    """The tile for a convolution: best of the few measured on an H100 (platforms/cuda/README.md)."""
     run = channels_in * (3 if taps % 9 == 0 else 1)
     depth = 32 if run % 64 and run > 64 else 64
     if channels_out % 192 == 0 and channels_out % 128:
