@@ -28,7 +28,7 @@ class Cuda(Platform):
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "on", "results"),
         Step(HalfDecode(), "off", OPT_IN),
-        Step(FusedBlocks(), "on", "results of Qwen-Image; Wan and AutoencoderKL by script so far (platforms/cuda/README.md)"),
+        Step(FusedBlocks(), "on", "results of Qwen-Image; Wan and AutoencoderKL so far by script (README.md)"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),
