@@ -2,10 +2,10 @@
 
 Fused kernels end at 256 channels a head; for 384 to 1024 of them `scaled_dot_product_attention` takes a kernel of an
 older architecture (sm80 on Hopper): 7.8 of the 31.5 ms of a Qwen-Image decode. At that width the two products are
-large GEMMs, and the logits between them are few beside the arithmetic: L² of them against 4 L² D operations. So they
-are the vendor's GEMMs, over as many query rows at a time as a budget allows, and one pass over the logits between them.
-The probabilities are rounded once, to v's dtype, and the result divided by the sum of what was rounded: the weights add
-up to one.
+large GEMMs, and the logits between them are few beside the arithmetic: L² of them against 4 L² D operations. So there
+are two products: ours where they were measured (`kernels/wide_head.py`), elsewhere the vendor's over as many query rows
+at a time as a budget allows, and one pass over the logits between them. The probabilities are rounded once, to v's
+dtype, and the result divided by the sum of what was rounded: the weights add up to one.
 
 One pass with a running maximum (Dao, 2023) was slower in Triton at 512 channels (3.4 ms against 1.7 at 16384 pixels on
 an H100; SDPA 4.6), where the sums of a tile fill the registers.
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import wide_head
 from ._dispatch import LazyKernel, Signature, differentiates, next_power_of_2, signature, triton_available
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -117,7 +118,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.dtype.itemsize != 2 or not triton_available(q) or q.numel() == 0:
         return _stock(q, k, v, scale).contiguous()
     with torch.cuda.device_of(q):
-        return _in_chunks(q, k, v, q.shape[2] ** -0.5 if scale is None else scale)
+        form = wide_head.attend if wide_head.suits(q) else _in_chunks
+        return form(q, k, v, q.shape[2] ** -0.5 if scale is None else scale)
 
 
 _op = torch.library.custom_op("vae_accel::wide_head_attention", _run, mutates_args=())

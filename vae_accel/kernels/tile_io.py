@@ -40,6 +40,11 @@ def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[
     return _descriptor_class()(base, shape, strides, block)
 
 
+def descriptor_of(x: Tensor, block: list[int]) -> Any:
+    """All of `x`, whose last dimension is dense."""
+    return _descriptor(x, list(x.shape), list(x.stride()), block)
+
+
 @functools.cache
 def _descriptor_class() -> Any:
     return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
@@ -55,7 +60,7 @@ def rows_of(x: Tensor, kw: int, tile: Tile, together: int = 1) -> Any:
 
 
 def block_of(matrix: Tensor, cols: int, tile: Tile) -> Any:
-    return _descriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [cols, tile.depth])
+    return descriptor_of(matrix, [cols, tile.depth])
 
 
 def frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> Any:
