@@ -18,17 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import (
-    Signature,
-    differentiates,
-    empty_in_layout_of,
-    lazy_kernel,
-    signature,
-    triton_available,
-)
+from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kernel, signature, triton_available
 from .causal_pad import causal_pad
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .tile_choice import choose
-from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tile_io import begin, block_of, finish, frames_of, gather_moments, rows_of, weight_matrix
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -73,11 +67,11 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n")
+@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks")
 def _conv(
-    x, history, w, w2, bias, residual, residual2, out, out2,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
-    BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
+    x, history, w, w2, bias, residual, residual2, out, out2, partials,
+    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks,
+    NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
@@ -110,9 +104,19 @@ def _conv(
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    value, inside = finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    if partials is not None:
+        gather_moments(
+            partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0, channels, units,
+            NEIGHBOURS, ROWS, COLS,
+        )  # fmt: skip
     if MORE:
-        finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        value, inside = finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        if partials is not None:
+            gather_moments(
+                partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0 + COLS, channels, units,
+                NEIGHBOURS, ROWS, MORE,
+            )  # fmt: skip
 
 
 def _launch(
@@ -124,6 +128,7 @@ def _launch(
     residual: Tensor | None,
     split: int,
     *,
+    statistics: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
@@ -132,7 +137,7 @@ def _launch(
     frames_out = (time + before - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
     x = bordered.bordered(x)
-    out = bordered.empty(shape, weight.dtype, x.device)
+    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
     place = bordered.geometry(x)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
@@ -144,18 +149,22 @@ def _launch(
     columns = matrix.shape[0]
     tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
+    tiles = -(-frame // tile.rows)
+    partials = empty_partials(out, tiles * together) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_conv", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
-        _conv[(tiles_n * frames * -(-frame // tile.rows),)](
+        _conv[(tiles_n * frames * tiles,)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, *sides, frames, frames // n, 0 if history is None else history.shape[2],
+            bias, *sides, partials, frames, frames // n, 0 if history is None else history.shape[2],
             place.height, place.width // together, place.row // together, frame, columns,
-            0 if kh == 3 else place.first, columns // split, tiles_n,
-            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
-            **tile.constexprs(), num_warps=tile.warps,
+            0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
+            NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, KT=kt, KH=kh,
+            KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
+    if partials is not None:
+        note(out, partials)
     return out
 
 
@@ -178,22 +187,6 @@ def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
         return Tile(128, 256, 0, 64, 4, 8)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
     return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
-
-
-def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:
-    """[together * O, taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
-
-    Of pixels taken `together`, the later ones find their taps further on in a longer run. A view where the weight lies
-    channels-last, needs no zeros and has the dtype.
-    """
-    taps = weight.movedim(1, -1).flatten(1, -3).flatten(2)
-    if together > 1:
-        step = weight.shape[1]
-        taps = torch.cat([F.pad(taps, (i * step, (together - 1 - i) * step)) for i in range(together)])
-    short = -taps.shape[2] % depth
-    if short:
-        taps = F.pad(taps, (0, short))
-    return taps.flatten(1).to(dtype)
 
 
 @functools.cache
@@ -251,6 +244,7 @@ def conv(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    statistics: bool = False,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
@@ -261,6 +255,7 @@ def conv(
         history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
         residual: like the result; added in fp32 before the one rounding.
         split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
+        statistics: a GroupNorm comes next: our kernel notes its statistics beside the result.
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
@@ -271,7 +266,7 @@ def conv(
     tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
     if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+    return _launch(x, weight, bias, before, history, residual, split, statistics=statistics, tile=tile)
 
 
 def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
@@ -305,15 +300,15 @@ def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
     wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
     taps = {"KT": 3, "KH": 3, "KB": 9}
-    absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2"))
+    absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2", "partials"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
-    more = {"w2": wide.taps("fp16", wide.more)}
+    more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32"}
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
     least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
-    all_of_it = {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}
-    nothing = {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}
+    all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, **taps, **wide.constexprs()}
+    nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, **taps, **plain.constexprs(), **absent}
     return [
         signature(_conv, pixels | more, all_of_it, warps=wide.warps),
         signature(_conv, least, nothing, warps=plain.warps),

@@ -24,7 +24,7 @@ from ._dispatch import (
     signature,
     triton_available,
 )
-from .group_statistics import TILE, WARPS, group_statistics, is_picture, layout, walk
+from .group_statistics import TILE, WARPS, combined, group_statistics, is_picture, layout, noted, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -143,7 +143,11 @@ def _launch_bordered(
     bordered.pixels_of(out)[body:].zero_()
     source, target = (bordered.pixels_of(t)[:body].view(samples, -1, C).movedim(-1, 1) for t in (x, out))
     with torch.cuda.device_of(x):
-        statistics = group_statistics(source, num_groups, eps, border=place)
+        partials = noted(x, num_groups) if each_frame else None
+        if partials is None:
+            statistics = group_statistics(source, num_groups, eps, border=place)
+        else:
+            statistics = combined(partials, num_groups, eps)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
         if _dispatch.tally is not None:
