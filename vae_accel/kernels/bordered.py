@@ -69,7 +69,7 @@ def is_bordered(x: Tensor) -> bool:
 def empty(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, *, versions: bool = False
 ) -> Tensor:
-    """A bordered clip whose border before the first picture is zero; all else is for the caller to write.
+    """A bordered clip of which nothing is written: the border's zeros are the caller's to write too.
 
     With `versions` it counts them also when it is made in inference mode, so that a write can be seen.
     """
@@ -77,7 +77,6 @@ def empty(
     place = Geometry(frames, *shape[-2:])
     with torch.inference_mode(False) if versions else nullcontext():
         pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
-    pixels[: place.first].zero_()
     return view(pixels, shape)
 
 

@@ -22,7 +22,7 @@ from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kerne
 from .causal_pad import causal_pad
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .tile_choice import choose
-from .tile_io import begin, block_of, finish, frames_of, gather_moments, rows_of, weight_matrix
+from .tile_io import begin, block_of, clear_head, finish, frames_of, gather_moments, rows_of, weight_matrix
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -67,14 +67,15 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks")
+@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks border")
 def _conv(
-    x, history, w, w2, bias, residual, residual2, out, out2, partials,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks,
+    x, history, w, w2, bias, residual, residual2, out, out2, head, partials,
+    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
     NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
     f = pid // tiles_n % frames
@@ -157,9 +158,10 @@ def _launch(
         _conv[(tiles_n * frames * tiles,)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, *sides, partials, frames, frames // n, 0 if history is None else history.shape[2],
-            place.height, place.width // together, place.row // together, frame, columns,
-            0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
+            bias, *sides, bordered.pixels_of(out), partials, frames, frames // n,
+            0 if history is None else history.shape[2], place.height, place.width // together, place.row // together,
+            frame, columns, 0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
+            place.first * out.shape[1],
             NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, KT=kt, KH=kh,
             KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
@@ -302,11 +304,11 @@ def signatures() -> list[Signature]:
     taps = {"KT": 3, "KH": 3, "KB": 9}
     absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2", "partials"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
-    more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32"}
+    more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32", "head": "bf16"}
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
-    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
+    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16"), "head": "fp16"}
     all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, **taps, **wide.constexprs()}
     nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, **taps, **plain.constexprs(), **absent}
     return [

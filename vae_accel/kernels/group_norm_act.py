@@ -135,13 +135,16 @@ def _launch_bordered(
     each_frame: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros."""
+    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros.
+
+    The zeros behind a sample are those before the next one; both write them.
+    """
     place, C = bordered.geometry(x), x.shape[1]
     samples = place.frames if each_frame else x.shape[0]
     out = bordered.empty(x.shape, dtype or x.dtype, x.device)
-    body = place.frames * place.frame
-    bordered.pixels_of(out)[body:].zero_()
-    source, target = (bordered.pixels_of(t)[:body].view(samples, -1, C).movedim(-1, 1) for t in (x, out))
+    step = place.frames // samples * place.frame
+    whole = (samples, C, step + place.first), (step * C, 1, C)
+    source, target = (bordered.pixels_of(t).as_strided(*whole) for t in (x, out))
     with torch.cuda.device_of(x):
         partials = noted(x, num_groups) if each_frame else None
         if partials is None:

@@ -18,6 +18,18 @@ tl: Any = None  # triton.language, bound at the first launch
 
 
 @LazyFunction
+def clear_head(pixels, length, BLOCK: tl.constexpr):
+    """Zeros before the first picture, the first `length` numbers of a clip, a share by each program.
+
+    A fill is a launch of its own: there were 35 in a decode of FLUX.1, beside as many convolutions.
+    """
+    zeros = tl.full([BLOCK], 0, pixels.dtype.element_ty)
+    for first in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        tl.store(pixels + item, zeros, mask=item < length)
+
+
+@LazyFunction
 def finish(out, acc, frame, o0, n0, ROW, H, W, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Stores a tile of a bordered clip. Pixels that are border are zeros. Returns what it stored and which pixels."""
     row = o0 + tl.arange(0, ROWS)

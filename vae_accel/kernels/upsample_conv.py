@@ -17,7 +17,7 @@ from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import unsupported
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .tile_choice import choose
-from .tile_io import begin, block_of, gather_moments, rows_of
+from .tile_io import begin, block_of, clear_head, gather_moments, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -55,13 +55,18 @@ def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl
     tl.store(out + item, value.to(out.dtype.element_ty), mask=item < total)
 
 
-@lazy_kernel(alike="frames H W ROW FRAME tiles_n units chunks")
+@lazy_kernel(alike="frames H W ROW FRAME tiles_n units chunks border")
 def _upsample_conv(
-    x, w, bias, out, partials, frames, H, W, ROW, FRAME, O, tiles_n, units, chunks,
+    x, w, bias, out, partials, frames, H, W, ROW, FRAME, O, tiles_n, units, chunks, border,
     NEIGHBOURS: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [4 O, 2 KB DEPTH]. `out`: its bordered pixels."""
+    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [4 O, 2 KB DEPTH]. `out`: its bordered pixels.
+
+    Of the border, the pixel behind each row of the small picture and the row below it are zeros that go where theirs
+    would: to the right of the large one, and in front of its next row and frame.
+    """
+    clear_head(out, border, 4 * ROWS)
     pid = tl.program_id(0)
     n0 = (pid % tiles_n) * COLS
     phase = pid // tiles_n % 4  # neighbours share pixels
@@ -82,7 +87,8 @@ def _upsample_conv(
     target = (f * (2 * H + 1) + 2 * h + a + 1).to(tl.int64) * wide + 2 * v + b + 1
     inside = (h < H) & (v < W)
     value = tl.where(inside[:, None], acc, 0.0).to(out.dtype.element_ty)
-    tl.store(out + target[:, None] * O + col[None, :], value, mask=inside[:, None] & (col < O)[None, :])
+    written = (h + a <= H) & (v <= W)
+    tl.store(out + target[:, None] * O + col[None, :], value, mask=written[:, None] & (col < O)[None, :])
     if partials is not None:
         gather_moments(
             partials, value, inside, f, frames, o0 // ROWS * 4 + phase, chunks, n0, O, units, NEIGHBOURS, ROWS, COLS
@@ -121,9 +127,8 @@ def _launch(
     shape = (x.shape[0], channels_out, *x.shape[2:-2], 2 * place.height, 2 * place.width)
     out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
     pixels = bordered.pixels_of(out)
-    bordered.clear_border(pixels, bordered.geometry(out))
     matrix = folded_taps(weight, x.dtype, tile.depth)
-    tiles_n, tiles = -(-channels_out // tile.cols), -(-place.height * place.row // tile.rows)
+    tiles_n, tiles = -(-channels_out // tile.cols), -(-place.frame // tile.rows)
     partials = empty_partials(out, 4 * tiles) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
@@ -131,6 +136,7 @@ def _launch(
         _upsample_conv[(tiles_n * 4 * place.frames * tiles,)](
             rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, partials, place.frames,
             place.height, place.width, place.row, place.frame, channels_out, tiles_n, *layout_of(partials),
+            bordered.geometry(out).first * channels_out,
             NEIGHBOURS=neighbours_of(channels_out), KB=matrix.shape[1] // (2 * tile.depth),
             **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
