@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, next_power_of_2, signature
+from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, lazy_kernel, next_power_of_2, signature
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -84,7 +84,7 @@ def _moments(
     tl.store(partial + 2 * plane, tl.broadcast_to(number, [1, COLS]), mask=col < C)
 
 
-@LazyKernel
+@lazy_kernel(alike="parts")
 def _combine(partials, statistics, parts, eps, BLOCK: tl.constexpr):
     """Mean and 1/std of one group of one sample from its `parts`, by Chan's formula.
 
