@@ -29,7 +29,7 @@ class RecorderPool(Pool):
     def turn(self, inputs: Iterable[Tensor]) -> None:
         self.turns += 1
 
-    def record(self, function: Callable[[], list[Tensor]]) -> Recording:
+    def record(self, function: Callable[[], list[Tensor]], asks: bool) -> Recording:
         if Recorder.fails:
             raise CannotCapture(Recorder.fails)
         for _ in range(2):
@@ -62,6 +62,9 @@ class Recorder(Capture):
 
     def busy(self) -> bool:
         return self.capturing
+
+    def share(self, device: torch.device) -> int:
+        return 1 << 40
 
     def pool(self, device: torch.device) -> Pool:
         return RecorderPool()

@@ -48,7 +48,12 @@ class _Variables(BaseSettings):
         description="cuda_graph: output tokens of the buckets that `warmup` captures where it is told nothing",
     )
     # Qwen2-VL with 5476 patches peaks at 0.2 GB, at 0.7 GB with its hidden states; graphs of one tower share that.
-    graph_pool_mib: int = Field(2048, ge=1, description="cuda_graph: MiB that the graphs of a tower may hold together")
+    # A FLUX.1 decode at 1024x1024 holds 2.1 GiB. Beside it, never more than a sixteenth of the card: graphs/store.py.
+    graph_pool_mib: int = Field(
+        4096,
+        ge=1,
+        description="cuda_graph: MiB that the graphs of a module may hold together, and 1/16 of the card",
+    )
 
 
 @dataclass(frozen=True)

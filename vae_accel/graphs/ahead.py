@@ -11,7 +11,8 @@ from torch import nn
 
 from vae_accel.graphs import packed
 from vae_accel.graphs.capture import CannotCapture
-from vae_accel.graphs.store import GRID, Graphs
+from vae_accel.graphs.steering import GRID
+from vae_accel.graphs.store import Graphs
 
 Grid = tuple[int, int, int]
 

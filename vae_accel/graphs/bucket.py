@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vae_accel.families import segments
 from vae_accel.graphs import packed
 from vae_accel.graphs.buckets import Room, Size
-from vae_accel.graphs.capture import Pool
+from vae_accel.graphs.capture import CannotCapture, Pool
 from vae_accel.graphs.captured import Captured, copies
 from vae_accel.graphs.packed import Grids
 
@@ -44,6 +44,8 @@ class Bucket:
         grid = torch.tensor(_one_grid(room))
         self._fill(inputs, [], empty)
         self.captured = Captured(pool, forward, inputs, {**options, **sizes, "grid_thw": grid})
+        if any(len(out) not in (room.rows, room.tokens) for out in self.captured.replay()):
+            raise CannotCapture("its outputs do not have one row a patch or a token")
 
     def run(self, grids: Grids, patches: Sequence[Tensor]) -> list[Tensor]:
         """Copies of the tower's outputs for images [t * h * w, ...] of `grids`, each cut to the rows of the images."""

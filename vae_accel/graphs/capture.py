@@ -35,8 +35,10 @@ class Pool(ABC):
     bytes: int = 0
 
     @abstractmethod
-    def record(self, function: Callable[[], list[Tensor]]) -> Recording:
+    def record(self, function: Callable[[], list[Tensor]], asks: bool) -> Recording:
         """Captures `function`, which reads static inputs and returns its outputs. Calls it three times.
+
+        `asks`: it may wait for the device in a call that is not captured.
 
         Raises:
             CannotCapture: it waits for the device, or fails in a way only a capture does.
@@ -67,6 +69,10 @@ class Capture(ABC):
         """Whether this call is itself part of a capture."""
 
     @abstractmethod
+    def share(self, device: torch.device) -> int:
+        """Bytes of a device's memory that the graphs of one module may hold at most."""
+
+    @abstractmethod
     def pool(self, device: torch.device) -> Pool: ...
 
 
@@ -82,6 +88,9 @@ class Cuda(Capture):
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def share(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).total_memory // 16  # nobody else can use it
+
     def pool(self, device: torch.device) -> Pool:
         return CudaPool(device)
 
@@ -93,9 +102,9 @@ class CudaPool(Pool):
         self.side = torch.cuda.Stream(device)
         self.home = self.last = torch.cuda.current_stream(device)
 
-    def record(self, function: Callable[[], list[Tensor]]) -> Recording:
+    def record(self, function: Callable[[], list[Tensor]], asks: bool) -> Recording:
         with torch.cuda.device(self.device):
-            self._warm(function)
+            self._warm(function, asks)
             graph = torch.cuda.CUDAGraph()
             try:
                 # thread_local: what another thread does on the card must not end this capture.
@@ -130,7 +139,7 @@ class CudaPool(Pool):
             for tensor in inputs:
                 tensor.record_stream(now)
 
-    def _warm(self, function: Callable[[], list[Tensor]]) -> None:
+    def _warm(self, function: Callable[[], list[Tensor]], asks: bool) -> None:
         """Runs twice beside the current stream: what is made once is made (handles, kernels, caches), and then nothing
         may wait for the device. Asked here, because a capture that fails leaves torch's allocator in capture mode."""
         current = torch.cuda.current_stream(self.device)
@@ -145,7 +154,7 @@ class CudaPool(Pool):
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(self.side)
-        if any(_SYNCHRONIZES in str(warning.message) for warning in told):
+        if not asks and any(_SYNCHRONIZES in str(warning.message) for warning in told):
             raise CannotCapture("its forward waits for the device")
 
     def _abandon(self) -> None:

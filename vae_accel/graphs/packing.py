@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from vae_accel.graphs.bucket import Bucket, size_of
 from vae_accel.graphs.buckets import pack
 from vae_accel.graphs.call import Call
+from vae_accel.graphs.captured import distinct
 
 
 def replay_packed(
@@ -39,8 +40,7 @@ def replay_packed(
         if bucket is None:
             count("run as before: an image that no bucket holds, beside others")
             where = call.steering[grid][list(batch.images)].to(call.device)
-            out = tree_flatten(below(**{name: torch.cat(rows), grid: where}, **call.options))[0]
-            outputs = list({id(x): x for x in out if isinstance(x, Tensor)}.values())
+            outputs = distinct(tree_flatten(below(**{name: torch.cat(rows), grid: where}, **call.options))[0])
         else:
             count(f"replayed in a bucket of {bucket.room.tokens}")
             outputs = bucket.run(own, rows)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,31 +28,28 @@ from vae_accel.graphs.call import Call, Signature
 from vae_accel.graphs.capture import CannotCapture, Capture, Pool
 from vae_accel.graphs.captured import Captured
 from vae_accel.graphs.packing import replay_packed
+from vae_accel.graphs.steering import GRID, Beneath, constants
 from vae_accel.graphs.witness import Witness
+from vae_accel.kernels import _dispatch
 from vae_accel.rewrite import Tier, runs_stock
 
 REMEMBERED = 64  # calls seen once, or that cannot be captured
-GRID = "grid_thw"
-ON_HOST = (GRID, "spatial_shapes")  # what a forward reads back: on the host that waits for nobody
 
 
 @dataclass(frozen=True)
 class Limits:
-    """keep: exact graphs. pool_bytes: of all graphs of a tower together. budgets: of buckets, in output tokens; none
+    """keep: exact graphs. pool_bytes: of all graphs of a module together. budgets: of buckets, in output tokens; none
     where the tier is exact."""
 
     keep: int = 8
-    pool_bytes: int = 2 << 30
+    pool_bytes: int = 4 << 30
     budgets: tuple[int, ...] = (256, 512, 1024, 1536)
 
 
 class Graphs:
-    """Belongs to one module's `forward`. A copy of it, or one from a pickle, starts empty.
+    """Belongs to one module's `forward`. A copy of it, or one from a pickle, starts empty."""
 
-    `beneath`: keyword arguments that a rewrite beneath derives from a grid on the host by itself.
-    """
-
-    def __init__(self, limits: Limits, capture: Capture, outcome: Outcome, beneath: tuple[str, ...] = ()):
+    def __init__(self, limits: Limits, capture: Capture, outcome: Outcome, beneath: Beneath):
         self.limits, self._capture, self._outcome, self._beneath = limits, capture, outcome, beneath
         outcome.bytes = 0
         self._lock = threading.RLock()
@@ -60,6 +58,7 @@ class Graphs:
         self._seen: OrderedDict[Any, None] = OrderedDict()
         self._hopeless: OrderedDict[Any, str] = OrderedDict()
         self._pool: Pool | None = None
+        self._share = limits.pool_bytes  # what the card has to spare, once it is known
         self._exact: OrderedDict[Any, Captured] = OrderedDict()
         self._buckets: dict[Any, list[Bucket]] = {}
 
@@ -67,7 +66,9 @@ class Graphs:
         return Graphs, (self.limits, self._capture, self._outcome, self._beneath)
 
     def call(self, module: nn.Module, below: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """`below(*args, **kwargs)`, from a graph where there is one."""
+        """`below(*args, **kwargs)`, from a graph where there is one and no profile asks the launches for their work."""
+        if _dispatch.tally is not None:
+            return below(*args, **kwargs)
         with self._lock:
             try:
                 call = self._admitted(module, args, kwargs)
@@ -113,14 +114,12 @@ class Graphs:
                 return
             (room,) = rooms(module, (tokens,))
             ((name, like),) = call.data.items()
-            bucket = Bucket(self._open(call.device), module, below, room, (name, like), call.options)
-            held.append(bucket)
+            with self._in_memory():
+                held.append(Bucket(self._open(call.device), module, below, room, (name, like), call.options))
             self._count("captured, for a budget")
             self._outcome.tier = Tier.ROUNDING.value
-            self._weigh()
-            if self._outcome.bytes > self.limits.pool_bytes:
-                held.remove(bucket)
-                raise CannotCapture(self._too_large())
+            if not self._fits():
+                raise CannotCapture(f"with it, more than {self._most}")
 
     def _admitted(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call, if a graph could serve it at all."""
@@ -172,45 +171,51 @@ class Graphs:
             _note(self._seen, call.key, None)
             raise CannotCapture("the first of its size" + (", and no bucket holds it" if self._buckets else ""))
         try:
-            made = self._made(module, below, call)
+            with self._in_memory():
+                alone = not self._exact and not self._buckets
+                made = self._made(module, below, call)
+                if made is None and not alone:
+                    self._count("dropped: together more than the pool may hold")
+                    made = self._made(module, below, call)
+            if made is None:
+                raise CannotCapture(f"its graph is larger than {self._most}")
         except CannotCapture as reason:
             _note(self._hopeless, call.key, str(reason))
             raise
         self._seen.pop(call.key, None)
         return made
 
-    def _made(self, module: nn.Module, below: Callable[..., Any], call: Call) -> Captured:
-        for others in (bool(self._exact or self._buckets), False):
-            pool = self._open(call.device)
-            inputs = {name: pool.static(tensor).copy_(tensor) for name, tensor in call.data.items()}
-            options = {**call.options, **self._steering(module, call)}
-            self._exact[call.key] = made = Captured(pool, below, inputs, options)
-            self._count("captured")
-            while len(self._exact) > self.limits.keep:
-                self._exact.popitem(last=False)
-                self._count("dropped: the least recently used")
-            self._weigh()
-            if self._outcome.bytes <= self.limits.pool_bytes:
-                return made
-            reason = self._too_large()
-            self._drop()  # a pool gives nothing back while one graph of it lives
-            if others:
-                self._count("dropped: more than the pool may hold")
-        raise CannotCapture(reason)
+    def _made(self, module: nn.Module, below: Callable[..., Any], call: Call) -> Captured | None:
+        """A new exact graph; None where it was one too many for the pool, and all are dropped."""
+        pool = self._open(call.device)
+        inputs = {name: pool.static(tensor).copy_(tensor) for name, tensor in call.data.items()}
+        steady = constants(module, call, self._beneath)
+        self._exact[call.key] = made = Captured(pool, below, inputs, steady.arguments, asks=steady.asks)
+        self._count("captured")
+        while len(self._exact) > self.limits.keep:
+            self._exact.popitem(last=False)
+            self._count("dropped: the least recently used")
+        return made if self._fits() else None
 
-    def _steering(self, module: nn.Module, call: Call) -> dict[str, Any]:
-        """Integer arguments as constants of a graph, and with them what follows from the grid."""
-        given = {name: t if name in ON_HOST else t.to(call.device) for name, t in call.steering.items()}
-        if not packed.is_packed(module) or GRID not in given:
-            return given
-        derived = packed.metadata(module, tuple(map(tuple, given[GRID].tolist())), call.device)
-        mine = {name: value for name, value in derived.items() if name not in (*self._beneath, *call.options)}
-        return {**mine, **given}
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._drop()
+            raise CannotCapture("out of memory while it was captured") from error
 
     def _open(self, device: torch.device) -> Pool:
         if self._pool is None:
+            self._share = self._capture.share(device)
             self._pool = self._capture.pool(device)
         return self._pool
+
+    @property
+    def _most(self) -> str:
+        if self._share < self.limits.pool_bytes:
+            return f"{self._share >> 20} MiB, a sixteenth of the card"
+        return f"VAE_ACCEL_GRAPH_POOL_MIB={self.limits.pool_bytes >> 20}"
 
     def _drop(self) -> None:
         self._exact.clear()
@@ -218,14 +223,15 @@ class Graphs:
         self._pool = None
         self._outcome.bytes = 0
 
-    def _weigh(self) -> None:
+    def _fits(self) -> bool:
+        """Notes what is held; drops all of it if that is too much, as a pool shrinks only once no graph of it lives."""
         captured = [*self._exact.values(), *(b.captured for held in self._buckets.values() for b in held)]
         pool = 0 if self._pool is None else self._pool.bytes
         self._outcome.bytes = pool + sum(c.input_bytes for c in captured)
-
-    def _too_large(self) -> str:
-        took, may = self._outcome.bytes >> 20, self.limits.pool_bytes >> 20
-        return f"its graph takes {took} MiB, more than VAE_ACCEL_GRAPH_POOL_MIB={may}"
+        fits = self._outcome.bytes <= min(self.limits.pool_bytes, self._share)
+        if not fits:
+            self._drop()
+        return fits
 
     def _count(self, what: str) -> None:
         self._outcome.counts[what] = self._outcome.counts.get(what, 0) + 1

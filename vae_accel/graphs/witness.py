@@ -57,7 +57,7 @@ class Witness:
             list(map(Tensor.stride, self._wide)),
             list(map(_TRAINING, self._dicts)),
             list(map(len, self._dicts)),
-            list(map(dict.get, self._dicts, repeat("forward"))),
+            list(map(dict.get, self._dicts[1:], repeat("forward"))),  # the root's own leads back here
             list(chain.from_iterable(self._hooks)),
             bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks),
         )

@@ -149,9 +149,11 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:
-    """The tile, or None where the direct form is faster: below 192 channels the input is too large beside the work, and
-    192 outputs do not fit the registers twice (spilled, 460 TFLOP/s; the direct form has 730)."""
-    return Tile(128, 128, 0, 64, 3, 8) if channels_out % 128 == 0 and channels_in >= 192 else None
+    """The tile, or None where the direct form with its norm is faster: below 192 channels the input is too large beside
+    the work; 192 outputs do not fit the registers twice (spilled, 460 TFLOP/s; the direct form has 730); for multiples
+    of 256 the direct form reads its pixels half as often (256 channels: 9.5 ms instead of 9.9; 1024: 4.6 and 4.9)."""
+    suited = channels_out % 256 == 128 and channels_in >= 192
+    return Tile(128, 128, 0, 64, 3, 8) if suited else None
 
 
 def rms_norm_pairs(

@@ -1,4 +1,5 @@
-"""A vision tower's forward as one launch: captured as a CUDA graph when a call comes the second time, then replayed.
+"""The forward of a vision tower, or of half a VAE, as one launch: a CUDA graph, captured when a call comes the second
+time, then replayed.
 
 What is replayed is what the rewrites beneath and stock launched at the capture: the same kernels on the same shapes, so
 an exact graph's outputs are those of the forward bit for bit, in tensors of their own. When a graph is captured, when
@@ -19,6 +20,7 @@ from vae_accel.edits import Ledger, Pen, ledger_of, obstacle
 from vae_accel.families.match import estranged, known_as
 from vae_accel.graphs import packed
 from vae_accel.graphs.capture import Capture, Cuda
+from vae_accel.graphs.steering import Beneath
 from vae_accel.graphs.store import Graphs, Limits
 from vae_accel.rewrite import Rewrite, Site, Tier
 from vae_accel.settings import Settings
@@ -34,16 +36,30 @@ IMAGES = (
     "Siglip2VisionTransformer",
     "Dinov2Model",
 )
+# Halves of VAEs, of one image or tile a call: of Wan's and Qwen-Image's those that carry no frames to a next step.
+HALVES = (
+    "Encoder",
+    "Decoder",
+    "QwenImageEncoder3d",
+    "QwenImageDecoder3d",
+    "WanEncoder3d",
+    "WanDecoder3d",
+    "HunyuanImageEncoder2D",
+    "HunyuanImageDecoder2D",
+)
 # What a rewrite that may lie beneath derives from a grid on the host in each call, which a capture holds too.
-BENEATH = {"bilinear_pos_embed": ("interp_indices", "interp_weights")}
+DERIVED = {"bilinear_pos_embed": ("interp_indices", "interp_weights")}
 
 
 @dataclass(frozen=True)
 class CudaGraph(Rewrite):
+    """`names`: classes of the modules whose forward is captured, the outermost of them."""
+
     name = "cuda_graph"
     tier = Tier.EXACT
     over = ("vision_metadata", "bilinear_pos_embed")
 
+    names: tuple[str, ...] = (*IMAGES, *packed.ROWS)
     limits: Limits = field(default_factory=Limits)
     capture: Capture = field(default_factory=Cuda)
 
@@ -54,22 +70,23 @@ class CudaGraph(Rewrite):
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         taken: list[str] = []
-        names = (*IMAGES, *packed.ROWS)
         for path, module in root.named_modules():
             if any(not outer or path.startswith(f"{outer}.") for outer in taken):
                 continue
-            if known_as(module, names) is not None:
+            if known_as(module, self.names) is not None:
                 taken.append(path)
                 yield Site(path, self._refusal(root, ledger, path))
-            elif (stranger := estranged(module, names)) is not None:
+            elif (stranger := estranged(module, self.names)) is not None:
                 yield Site(path, stranger)
 
     def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
         ledger = ledger_of(root)
         assert pen.outcome is not None and ledger is not None
-        owners = [edit.by for edit in ledger.edits if (edit.path, edit.slot) == (site.path, "forward")]
-        beneath = tuple(name for owner in owners for name in BENEATH.get(owner, ()))
-        pen.method(site.path, "forward", forward, Graphs(self.limits, self.capture, pen.outcome, beneath))
+        owners = {edit.by for edit in ledger.edits if (edit.path, edit.slot) == (site.path, "forward")}
+        derives = tuple(name for owner in sorted(owners) for name in DERIVED.get(owner, ()))
+        loops = not any(edit.by == "packed_attention" for edit in ledger.edits)
+        graphs = Graphs(self.limits, self.capture, pen.outcome, Beneath(derives, loops))
+        pen.method(site.path, "forward", forward, graphs)
 
     def _refusal(self, root: nn.Module, ledger: Ledger, path: str) -> str | None:
         module = root.get_submodule(path)
