@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import unsupported
+from .eligible import unsupported
+from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import begin, block_of, rows_of
+from .tile_io import add, begin, block_of, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -56,7 +57,7 @@ def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl
 
 @lazy_kernel(alike="frames H W ROW FRAME tiles_n")
 def _upsample_conv(
-    x, w, bias, out, frames, H, W, ROW, FRAME, O, tiles_n,
+    x, w, bias, unit, out, frames, H, W, ROW, FRAME, O, tiles_n,
     KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [4 O, 2 KB DEPTH]. `out`: its bordered pixels."""
@@ -67,11 +68,13 @@ def _upsample_conv(
     o0 = pid // (tiles_n * 4 * frames) * ROWS
     a = phase // 2
     b = phase % 2
-    acc = begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
+    acc = begin(None if unit is not None else bias, None, f, o0, n0, n0, O, ROWS, COLS)
     first = f * FRAME + o0 + a * ROW + b
     for i in tl.range(0, 2 * KB, num_stages=STAGES):
         pixels = x.load([first + i // KB * ROW, i % KB * DEPTH])
         acc = tl.dot(pixels, w.load([phase * O + n0, i * DEPTH]).T, acc)
+    if unit is not None:
+        acc = add(acc, unit, bias, None, f, o0, n0, n0, O, ROWS, COLS)
     pixel = o0 + tl.arange(0, ROWS)
     h = pixel // ROW
     v = pixel % ROW
@@ -107,6 +110,9 @@ def tile_of(channels_in: int, channels_out: int) -> Tile:
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
     channels_out = weight.shape[0]
     tile = tile or tile_of(x.shape[1], channels_out)
+    unit = None
+    if x.dtype == torch.float32:
+        x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x)
     place = bordered.geometry(x)
     shape = (x.shape[0], channels_out, *x.shape[2:-2], 2 * place.height, 2 * place.width)
@@ -119,9 +125,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = 
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
     with torch.cuda.device_of(x):
         _upsample_conv[(tiles_n * 4 * place.frames * -(-place.height * place.row // tile.rows),)](
-            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,
-            place.width, place.row, place.frame, channels_out, tiles_n, KB=matrix.shape[1] // (2 * tile.depth),
-            **tile.constexprs(), num_warps=tile.warps,
+            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, unit, pixels, place.frames,
+            place.height, place.width, place.row, place.frame, channels_out, tiles_n,
+            KB=matrix.shape[1] // (2 * tile.depth), **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -140,8 +146,10 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(192, 96)
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "out": "bf16"}
+    operands, constants = {"x": tile.pixels("fp16"), "w": tile.taps("fp16")}, {"KB": 6, **tile.constexprs()}
+    of_bf16, of_fp32 = ({**operands, "bias": dtype, "out": dtype} for dtype in ("bf16", "fp32"))
     return [
         signature(_fold, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
-        signature(_upsample_conv, convolution, {"KB": 6, **tile.constexprs()}, warps=tile.warps),
+        signature(_upsample_conv, of_bf16, {**constants, "unit": None}, warps=tile.warps),
+        signature(_upsample_conv, {**of_fp32, "unit": "fp32"}, constants, warps=tile.warps),
     ]
