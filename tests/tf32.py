@@ -19,10 +19,11 @@ def tf32(x: Tensor) -> Tensor:
 
 
 class Simulated(TorchDispatchMode):
-    """Inside, convolutions of fp32 multiply in TF32."""
+    """Inside, convolutions of fp32 multiply in TF32, while torch allows cuDNN to."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.convolution.default or args[0].dtype != torch.float32:
+        rounds = func is torch.ops.aten.convolution.default and args[0].dtype == torch.float32
+        if not rounds or not torch.backends.cudnn.allow_tf32:
             return func(*args, **(kwargs or {}))
         x, weight, bias, *rest = args
         bias = None if bias is None else bias.double()
