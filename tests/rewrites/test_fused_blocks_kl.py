@@ -261,9 +261,11 @@ def test_the_residual_is_added_whoever_convolves() -> None:
     x, residual = torch.randn(2, 4, 5, 3).bfloat16(), torch.randn(2, 6, 5, 3).bfloat16()
     expected = conv(x) + residual
     for given in (x, x.half()):
-        torch.testing.assert_close(image_conv.image_conv(conv, conv, given, residual), expected, atol=0.05, rtol=0)
+        torch.testing.assert_close(
+            image_conv.image_conv(conv, conv, True, given, residual), expected, atol=0.05, rtol=0
+        )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(image_conv.image_conv(conv, conv, x.half(), residual), expected)
+        assert torch.equal(image_conv.image_conv(conv, conv, True, x.half(), residual), expected)
 
 
 @each_case

@@ -5,6 +5,8 @@ blocks of GroupNorm, SiLU and a 3x3 convolution, twice; the shortcut is added by
 rounds. In the middle stands attention with one head over all channels, whose every step but the arithmetic is a view
 of a channels-last picture.
 
+A convolution gathers the statistics of the norm behind it, which is then one pass over the picture instead of two.
+
 In a bf16 model the norms write fp16, three bits more in front of each convolution, where nothing can overflow it; in an
 fp32 model too where stock's convolutions are TF32, which is as many bits.
 """
@@ -29,6 +31,9 @@ from vae_accel.kernels.eligible import wants_fp16
 from vae_accel.rewrite import runs_stock
 
 Reach = tuple[float, float]
+
+# What a GroupNorm reads next, as a rule the one of the next block: a sixth of these is read by an upsampling instead.
+NORMED = ("conv1", "conv2", "conv_in", "proj")
 
 
 def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,7 +132,7 @@ def _upsample(m: Any) -> Block | str | None:
         return found
     (name,) = found.convs
     reason = unlike(m.get_submodule(name))
-    hands = (Hand("", "forward", upsample, (name,)), Hand(name, "forward", upsampled_conv, (False,)))
+    hands = (Hand("", "forward", upsample, (name,)), Hand(name, "forward", upsampled_conv, (False, True)))
     return Block(hands) if reason is None else f"{name}: {reason}"
 
 
@@ -172,7 +177,7 @@ def _with_convs(
 ) -> Block | str:
     reasons = ((name, unlike(m.get_submodule(name))) for name in names)
     refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
-    return refusal or Block((*hands, *(Hand(name, "forward", image_conv) for name in names)), norms)
+    return refusal or Block((*hands, *(Hand(name, "forward", image_conv, (name in NORMED,)) for name in names)), norms)
 
 
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {

@@ -223,7 +223,7 @@ def _attention(m: Any) -> Block | str:
     if reason is not None:
         return reason
     half = _fits_fp16(m.norm, m.to_qkv)
-    hands = (Hand(name, "forward", image_conv) for name in names)
+    hands = (Hand(name, "forward", image_conv, (False,)) for name in names)
     return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
 
 
@@ -236,7 +236,7 @@ def _resample(m: Any) -> Block | str | None:
     return Block((Hand("", "forward", downsample),)) if m.mode in ("downsample2d", "downsample3d") else None
 
 
-_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True,)))
+_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True, False)))
 
 
 def _up(m: Any) -> Block | str:

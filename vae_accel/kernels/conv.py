@@ -19,18 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import (
-    Signature,
-    differentiates,
-    empty_in_layout_of,
-    lazy_kernel,
-    signature,
-)
+from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kernel, signature
 from .causal_pad import causal_pad
 from .eligible import unsupported
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import add, begin, block_of, finish, frames_of, rows_of
+from .tile_io import add, begin, block_of, clear_head, finish, frames_of, gather_moments, rows_of, weight_matrix
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -75,14 +70,15 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n")
+@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks border")
 def _conv(
-    x, history, w, w2, bias, unit, residual, residual2, out, out2,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
-    BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
+    x, history, w, w2, bias, unit, residual, residual2, out, out2, head, partials,
+    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
+    NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
     f = pid // tiles_n % frames
@@ -119,9 +115,19 @@ def _conv(
         acc = add(acc, unit, bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
         if MORE:
             acc2 = add(acc2, unit, bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
-    finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    value, inside = finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    if partials is not None:
+        gather_moments(
+            partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0, channels, units,
+            NEIGHBOURS, ROWS, COLS,
+        )  # fmt: skip
     if MORE:
-        finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        value, inside = finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        if partials is not None:
+            gather_moments(
+                partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0 + COLS, channels, units,
+                NEIGHBOURS, ROWS, MORE,
+            )  # fmt: skip
 
 
 def _launch(
@@ -133,6 +139,7 @@ def _launch(
     residual: Tensor | None,
     split: int,
     *,
+    statistics: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
@@ -144,7 +151,7 @@ def _launch(
     if x.dtype == torch.float32:
         x, history, weight, unit = scaled(x, history, weight)
     x = bordered.bordered(x)
-    out = bordered.empty(shape, weight.dtype, x.device)
+    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
     place = bordered.geometry(x)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
@@ -156,18 +163,23 @@ def _launch(
     columns = matrix.shape[0]
     tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
+    tiles = -(-frame // tile.rows)
+    partials = empty_partials(out, tiles * together) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_conv", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
-        _conv[(tiles_n * frames * -(-frame // tile.rows),)](
+        _conv[(tiles_n * frames * tiles,)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, unit, *sides, frames, frames // n, 0 if history is None else history.shape[2],
-            place.height, place.width // together, place.row // together, frame, columns,
-            0 if kh == 3 else place.first, columns // split, tiles_n,
-            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
-            **tile.constexprs(), num_warps=tile.warps,
+            bias, unit, *sides, bordered.pixels_of(out), partials, frames, frames // n,
+            0 if history is None else history.shape[2], place.height, place.width // together, place.row // together,
+            frame, columns, 0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
+            place.first * out.shape[1],
+            NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, KT=kt, KH=kh,
+            KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
+    if partials is not None:
+        note(out, partials)
     return out
 
 
@@ -192,22 +204,6 @@ def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
     return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
 
 
-def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:
-    """[together * O, taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
-
-    Of pixels taken `together`, the later ones find their taps further on in a longer run. A view where the weight lies
-    channels-last, needs no zeros and has the dtype.
-    """
-    taps = weight.movedim(1, -1).flatten(1, -3).flatten(2)
-    if together > 1:
-        step = weight.shape[1]
-        taps = torch.cat([F.pad(taps, (i * step, (together - 1 - i) * step)) for i in range(together)])
-    short = -taps.shape[2] % depth
-    if short:
-        taps = F.pad(taps, (0, short))
-    return taps.flatten(1).to(dtype)
-
-
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -218,6 +214,7 @@ def conv(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    statistics: bool = False,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
@@ -228,6 +225,7 @@ def conv(
         history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
         residual: like the result; added in fp32 before the one rounding.
         split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
+        statistics: a GroupNorm comes next: our kernel notes its statistics beside the result.
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
@@ -238,7 +236,7 @@ def conv(
     tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
     if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+    return _launch(x, weight, bias, before, history, residual, split, statistics=statistics, tile=tile)
 
 
 def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
@@ -272,18 +270,18 @@ def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
     wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
     taps = {"KT": 3, "KH": 3, "KB": 9}
-    absent = dict.fromkeys(("w2", "bias", "unit", "residual", "residual2", "out2"))
+    absent = dict.fromkeys(("w2", "bias", "unit", "residual", "residual2", "out2", "partials"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
-    more = {"w2": wide.taps("fp16", wide.more)}
+    more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32", "head": "bf16"}
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
-    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
-    of_fp32 = more | {"bias": "fp32", "unit": "fp32"}
+    of_fp32 = more | {"bias": "fp32", "unit": "fp32", "head": "fp32"}
     for name in ("residual", "out"):
         of_fp32 |= {name: wide.frames("fp32"), f"{name}2": wide.frames("fp32", wide.more)}
-    all_of_it = {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}
-    nothing = {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}
+    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16"), "head": "fp16"}
+    all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, **taps, **wide.constexprs()}
+    nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, **taps, **plain.constexprs(), **absent}
     return [
         signature(_conv, pixels | more, {**all_of_it, "unit": None}, warps=wide.warps),
         signature(_conv, pixels | of_fp32, all_of_it, warps=wide.warps),

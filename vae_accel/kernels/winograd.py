@@ -22,7 +22,7 @@ from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, si
 from .eligible import measured_on
 from .rms_norm_act import reference as rms_norm_reference
 from .tile_choice import choose
-from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tile_io import begin, block_of, clear_head, finish, frames_of, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -105,13 +105,14 @@ def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, B
     tl.store(target + 3 * taps * padded, (-g2).to(tl.float16), mask=inside)
 
 
-@lazy_kernel(alike="pairs H W ROW FRAME O tiles_n")
+@lazy_kernel(alike="pairs H W ROW FRAME O tiles_n border")
 def _conv_pairs(
-    x, w, bias, residual, out, pairs, H, W, ROW, FRAME, O, tiles_n,
+    x, w, bias, residual, out, head, pairs, H, W, ROW, FRAME, O, tiles_n, border,
     KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`: overlapping rows [pixels, 3 C] of four frames a pair. `w`: [O, 4 * 3 * KB DEPTH]."""
     PER: tl.constexpr = 3 * KB
+    clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     n0 = (pid % tiles_n) * COLS
     pair = pid // tiles_n % pairs
@@ -227,9 +228,9 @@ def conv_pairs(
     with torch.cuda.device_of(x):
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
             rows_of(x, 3, tile), block_of(matrix, tile.cols, tile), bias, frames_of(residual, tile, tile.cols),
-            frames_of(out, tile, tile.cols), pairs, place.height, place.width, place.row, place.frame,
-            weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(),
-            num_warps=tile.warps,
+            frames_of(out, tile, tile.cols), bordered.pixels_of(out), pairs, place.height, place.width, place.row,
+            place.frame, weight.shape[0], tiles_n, place.first * out.shape[1],
+            KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -240,7 +241,7 @@ def signatures() -> list[Signature]:
     assert tile is not None
     halves = dict.fromkeys(("history", "out", "kept"), "fp16")
     frames = dict.fromkeys(("residual", "out"), tile.frames("bf16"))
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", **frames}
+    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "head": "bf16", **frames}
     return [
         signature(_norm_pairs, {"x": "bf16", "weight": "bf16", **halves}, {"ACT": True, "ROWS": 16, "COLS": 256}),
         signature(_transform_taps, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),

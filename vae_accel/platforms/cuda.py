@@ -5,6 +5,7 @@ from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.causal_padding import CausalPadding
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
@@ -34,4 +35,5 @@ class Cuda(Platform):
         Step(NativeReshape(), "on", "results"),
         Step(PatchEmbedAsLinear(), "on", "results"),
         Step(BilinearPosEmbed(), "on", "results"),
+        Step(CudaGraph(), "off", "not measured yet"),
     )
