@@ -34,12 +34,12 @@ def wants_fp16(x: Tensor) -> bool:
 
 
 def _unable(x: Tensor) -> str | None:
+    if torch.compiler.is_compiling():  # first: it cannot trace what Triton is asked
+        return "a compiler sees through the vendor's"
     if x.dtype not in DTYPES:
         return f"{x.dtype} has no form here"
     if not triton_available(x):
         return "there is no Triton"
-    if torch.compiler.is_compiling():
-        return "a compiler sees through the vendor's"
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
     if x.dtype == torch.float32 and not stock_is_tf32(x):
