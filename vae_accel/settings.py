@@ -82,6 +82,11 @@ class Variable:
     meaning: str
 
 
+def tf32_forbidden() -> bool:
+    """NVIDIA's own switch: at 0 its libraries keep fp32 whatever torch allows them."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+
+
 def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
     """Reads the environment; `overrides` are settings by name (`tier="exact"`, `conv3d_as_conv2d="0"`) and win over it.
 

@@ -368,7 +368,7 @@ def test_a_wrong_input_is_told_what_stock_tells() -> None:
 
 @torch.no_grad()
 def test_compiles_as_one_graph() -> None:
-    block = optimized(residual_block(torch.float32), ALONE)
+    block = optimized(residual_block(torch.float32), NORMS)
     x, caches = clip(1, 4, 3, 5, 7, dtype=torch.float32), ([None, None], [None, None])
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     for _ in range(2):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vae_accel.edits import unusable_weight
 from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import runs, unsupported
+from vae_accel.kernels.eligible import runs, unsupported
+from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
@@ -25,7 +26,7 @@ from vae_accel.rewrite import runs_stock
 def image_conv(
     conv: Any, below: Callable[..., Tensor], normed: bool, input: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """[N, C, H, W], in fp16 beside a bf16 weight if the caller likes, plus `residual` [N, C', H', W'].
+    """[N, C, H, W], in fp16 beside a bf16 or fp32 weight if the caller likes, plus `residual` [N, C', H', W'].
 
     `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
     """
@@ -78,4 +79,4 @@ def _ours(conv: Any, x: Tensor, residual: Tensor | None, known: Any = None) -> b
 
 
 def _is_half(conv: Any, x: Tensor) -> bool:
-    return x.dtype == torch.float16 and conv.weight.dtype == torch.bfloat16
+    return x.dtype == torch.float16 and conv.weight.dtype in HALVED

@@ -76,6 +76,14 @@ def begin(bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.con
     return acc
 
 
+@LazyFunction
+def add(acc, unit, bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A finished sum in units of `unit`, if any, and what it did not start from."""
+    if unit is not None:
+        acc *= tl.load(unit)
+    return acc + begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+
+
 def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
     return _descriptor_class()(base, shape, strides, block)
 

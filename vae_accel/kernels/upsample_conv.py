@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import unsupported
+from .eligible import unsupported
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
+from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import begin, block_of, clear_head, gather_moments, rows_of
+from .tile_io import add, begin, block_of, clear_head, gather_moments, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -57,7 +58,7 @@ def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl
 
 @lazy_kernel(alike="frames H W ROW FRAME tiles_n units chunks border")
 def _upsample_conv(
-    x, w, bias, out, partials, frames, H, W, ROW, FRAME, O, tiles_n, units, chunks, border,
+    x, w, bias, unit, out, partials, frames, H, W, ROW, FRAME, O, tiles_n, units, chunks, border,
     NEIGHBOURS: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +75,13 @@ def _upsample_conv(
     o0 = pid // (tiles_n * 4 * frames) * ROWS
     a = phase // 2
     b = phase % 2
-    acc = begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
+    acc = begin(None if unit is not None else bias, None, f, o0, n0, n0, O, ROWS, COLS)
     first = f * FRAME + o0 + a * ROW + b
     for i in tl.range(0, 2 * KB, num_stages=STAGES):
         pixels = x.load([first + i // KB * ROW, i % KB * DEPTH])
         acc = tl.dot(pixels, w.load([phase * O + n0, i * DEPTH]).T, acc)
+    if unit is not None:
+        acc = add(acc, unit, bias, None, f, o0, n0, n0, O, ROWS, COLS)
     pixel = o0 + tl.arange(0, ROWS)
     h = pixel // ROW
     v = pixel % ROW
@@ -122,6 +125,9 @@ def _launch(
 ) -> Tensor:
     channels_out = weight.shape[0]
     tile = tile or tile_of(x.shape[1], channels_out)
+    unit = None
+    if x.dtype == torch.float32:
+        x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x)
     place = bordered.geometry(x)
     shape = (x.shape[0], channels_out, *x.shape[2:-2], 2 * place.height, 2 * place.width)
@@ -134,7 +140,7 @@ def _launch(
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
     with torch.cuda.device_of(x):
         _upsample_conv[(tiles_n * 4 * place.frames * tiles,)](
-            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, partials, place.frames,
+            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, unit, pixels, partials, place.frames,
             place.height, place.width, place.row, place.frame, channels_out, tiles_n, *layout_of(partials),
             bordered.geometry(out).first * channels_out,
             NEIGHBOURS=neighbours_of(channels_out), KB=matrix.shape[1] // (2 * tile.depth),
@@ -160,8 +166,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, statistics:
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(192, 96)
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "out": "bf16", "partials": "fp32"}
+    operands = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "partials": "fp32"}
+    constants = {"NEIGHBOURS": 2, "KB": 6, **tile.constexprs()}
+    of_bf16, of_fp32 = ({**operands, "bias": dtype, "out": dtype} for dtype in ("bf16", "fp32"))
     return [
         signature(_fold, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
-        signature(_upsample_conv, convolution, {"NEIGHBOURS": 2, "KB": 6, **tile.constexprs()}, warps=tile.warps),
+        signature(_upsample_conv, of_bf16, {**constants, "unit": None}, warps=tile.warps),
+        signature(_upsample_conv, {**of_fp32, "unit": "fp32"}, constants, warps=tile.warps),
     ]
