@@ -14,6 +14,7 @@ from tests.recorder import Recorder
 from tests.subjects import plan
 from tests.vaes import TABLE
 from vae_accel.platforms import Step
+from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.latent_chunks import LatentChunks
 
@@ -22,7 +23,8 @@ GRAPH = Step(CudaGraph(names=HALVES, capture=Recorder()), "on", "test")
 
 
 def optimized(vae: Any) -> Any:
-    return vae_accel.optimize_vae(vae, platform=plan((Step(LatentChunks(), "on", "test"), GRAPH)), strict=True)
+    before = (Step(ChannelsLast(), "on", "test"), Step(LatentChunks(), "on", "test"))
+    return vae_accel.optimize_vae(vae, platform=plan((*before, GRAPH)), strict=True)
 
 
 def equals_stock(stock: Any, ours: Any, direction: str, x: torch.Tensor, times: int) -> None:

@@ -57,7 +57,7 @@ class CudaGraph(Rewrite):
 
     name = "cuda_graph"
     tier = Tier.EXACT
-    over = ("vision_metadata", "bilinear_pos_embed")
+    over = ("vision_metadata", "bilinear_pos_embed", "channels_last")
 
     names: tuple[str, ...] = (*IMAGES, *packed.ROWS)
     limits: Limits = field(default_factory=Limits)
