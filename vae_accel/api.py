@@ -14,7 +14,7 @@ from vae_accel.edits import ledger_of
 from vae_accel.families import roles
 from vae_accel.graphs import ahead
 from vae_accel.graphs.capture import CannotCapture
-from vae_accel.kernels import tile_choice
+from vae_accel.kernels import half_operands, tile_choice
 from vae_accel.platforms import base
 from vae_accel.reports import Report, section
 from vae_accel.rewrites import NAMES
@@ -132,6 +132,7 @@ def _optimize(parts: list[tuple[str, nn.Module, str]], platform: Any, only: Any,
         raise TypeError(f"platform must be a name or a Platform, not {type(platform).__name__}")
     settings = env.read(NAMES, **options, platform=platform if isinstance(platform, str) else None)
     tile_choice.use(settings.tiles)
+    half_operands.use(settings.half_operands)
     options = {**options, "only": only}
     before = [(module, ledger_of(module)) for _, module, _ in parts]
     ledgers = []

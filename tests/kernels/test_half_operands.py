@@ -24,6 +24,11 @@ TWO = SMALL._replace(cols=32, more=16)
 ALIKE = 1.05
 
 
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch):
+    monkeypatch.setattr(half_operands, "_wanted", True)
+
+
 def given(device, channels=40, size=1.0, kernel=(3, 3, 3), out=24):
     x = normal(1, channels, 3, 6, 7, device=device, dtype=FP32) * size
     weight, bias = weights(out, channels, *kernel, device=device, dtype=FP32)
