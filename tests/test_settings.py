@@ -42,7 +42,17 @@ def test_switches_take_booleans(value, text):
     assert read(NAMES, channels_last=value).switches["channels_last"] == text
 
 
-OTHERS = ("platform", "tier", "strict", "bf16", "half_operands", "tiles", "graph_keep", "graph_budgets", "graph_pool_mib")
+OTHERS = (
+    "platform",
+    "tier",
+    "strict",
+    "bf16",
+    "half_operands",
+    "tiles",
+    "graph_keep",
+    "graph_budgets",
+    "graph_pool_mib",
+)
 WRONG = {
     "platform": ("tpu", "auto, cuda, rocm, npu, cpu"),
     "tier": ("lossless", "exact, rounding, lowered"),
