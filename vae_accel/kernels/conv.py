@@ -198,6 +198,8 @@ def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
     depth = 32 if run % 64 and run > 64 else 64
     if channels_out % 192 == 0 and channels_out % 128:
         return Tile(256, 128, 64, 64, 3, 8)
+    if channels_out % 256 == 0 and taps == 27:
+        return Tile(256, 128, 0, 64, 4, 8) if channels_out >= 1024 else Tile(128, 256, 0, 64, 3, 8)
     if channels_out % 256 == 0:
         return Tile(128, 256, 0, 64, 4, 8)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
