@@ -16,12 +16,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tests import interpreter
-from tests.rewrites.fused import NORMS
+from tests.rewrites.fused import NORMS, outcome_of
 from tests.rewrites.test_fused_blocks_kernels import CLIPS, IMAGES, noise, optimized, optimized_block, transformed
 from tests.subjects import plan
 from tests.tf32 import Simulated
 from tests.tiny import Tiny
-from vae_accel.edits import ledger_of
 from vae_accel.families import image_conv, wan_conv
 from vae_accel.kernels import conv, eligible, thin_conv, upsample_conv
 from vae_accel.metrics import rms_error
@@ -92,7 +91,7 @@ def test_whole_models_are_no_further_from_fp64_than_tf32(case: Tiny, monkeypatch
 
 @MODELS
 def test_every_block_is_taken(case: Tiny) -> None:
-    outcome = ledger_of(optimized(case.build())).outcomes[-1]
+    outcome = outcome_of(optimized(case.build()))
     assert outcome.taken and not outcome.refused
 
 
@@ -111,7 +110,7 @@ def test_where_tf32_is_off_it_is_bit_for_bit_the_plan_without_these_blocks(
     ours, others = case.build(), case.build()
     base.run(ours, NORMS, NORMS.vae, "vae", {"strict": True})
     base.run(others, FUSED_NORMS, FUSED_NORMS.vae, "vae", {"strict": True})
-    assert ledger_of(ours).outcomes[-1].taken
+    assert outcome_of(ours).taken
     for call, x in ((case.decode, case.latent()), (case.encode, case.pixels())):
         assert torch.equal(call(ours, x), call(others, x))
     assert not seen
