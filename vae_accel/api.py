@@ -91,8 +91,9 @@ def warmup(
 ) -> T:
     """Captures the CUDA graphs of the vision towers ahead of their calls. Returns `target`.
 
-    Told nothing, a tower of packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph
-    for one image of its own size.
+    A VAE, whose size of latents nothing here says, captures when a size comes the second time. Told nothing, a tower of
+    packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph for one image of its own
+    size.
 
     Args:
         target: a pipeline or an encoder that was optimized with `cuda_graph` on.
@@ -105,9 +106,9 @@ def warmup(
     Raises:
         ValueError: no tower here has graphs, a graph cannot be captured, or `budgets` where the tier is exact.
     """
-    towers = [each for _, module, _ in _parts(target) for each in graphs_of(module)]
+    towers = [each for _, module, role in _parts(target) if role == "encoder" for each in graphs_of(module)]
     if not towers:
-        raise ValueError(f"cuda_graph is on nowhere in this {type(target).__name__}; report() says why")
+        raise ValueError(f"no vision tower in this {type(target).__name__} has cuda_graph on; report() says why")
     for tower, below, graphs in towers:
         try:
             ahead.warm(tower, below, graphs, tuple(ahead.calls(grids)), budgets, images, options)

@@ -1,4 +1,4 @@
-"""NVIDIA: what is on was measured on an H200 (platforms/cuda/results)."""
+"""NVIDIA: what is on was measured on an H200 or an H100 (platforms/cuda/results)."""
 
 from vae_accel.platforms.base import Platform, Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
