@@ -43,7 +43,7 @@ def _unable(x: Tensor) -> str | None:
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
     if x.dtype == torch.float32 and not stock_is_tf32(x):
-        return "stock multiplies fp32 in full: TF32 is off"
+        return "fp32 is for the vendor's, but with half_operands asked for where stock multiplies in TF32"
     return None if measured_on(x.device) else "it is measured on compute capability 9.0 alone"
 
 
