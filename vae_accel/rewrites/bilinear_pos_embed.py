@@ -69,7 +69,9 @@ def forward(tower: nn.Module, below: Callable[..., Any], row: PositionTable, *ar
     grid = _grid(tower, row, thw, projection.weight.dtype)
     if grid is None:
         return below(*args, **kwargs)
-    one = torch.ones((1, 1), dtype=torch.bool, device=projection.weight.device)  # the grid may be on the host
+    # Not where the grid is, which may be the host, nor where a weight is, which may be offloaded.
+    pixels = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+    one = torch.ones((1, 1), dtype=torch.bool, device=pixels.device)
     return below(*args, **kwargs, interp_indices=grid, interp_weights=one)
 
 
