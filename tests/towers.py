@@ -285,8 +285,8 @@ KIMI: dict[str, Any] = {**VIT, "patch_size": 4, "pos_emb_height": 6, "pos_emb_wi
 MINIMAX: dict[str, Any] = {**VIT, "hidden_size": 48, "patch_size": 4, "image_size": 24}
 
 
-def _packed(id: str, name: str, config_class: str, config: dict[str, Any], feed: Any = packed(4)) -> Tower:
-    return Tower(id, name, config_class, config, feed, metadata="")
+def _packed(id: str, name: str, config_class: str, config: dict[str, Any], feed: Any = None) -> Tower:
+    return Tower(id, name, config_class, config, feed or packed(4), metadata="")
 
 
 # The other classes whose forward takes what follows from the grids; GLM-Image's pipeline holds one. Stock's GLM-4V and
