@@ -205,6 +205,11 @@ def _rows(proof: verify.Proof) -> list[ProofRow]:
                 stock_worst_frame_psnr=worst.stock.worst_frame_psnr,
                 ours_ssim=worst.ours.ssim,
                 ours_min_cosine=worst.ours.min_cosine,
+                stock_min_cosine=worst.stock.min_cosine,
+                ours_sqnr=worst.ours.sqnr,
+                stock_sqnr=worst.stock.sqnr,
+                ours_cosine_distance=worst.ours.cosine_distance,
+                stock_cosine_distance=worst.stock.cosine_distance,
                 rms_ratio=worst.ours.rms / worst.stock.rms if worst.stock.rms else 1.0,
                 identical=all(line.identical for line in lines),
             )

@@ -86,7 +86,9 @@ def sizes_of(module: nn.Module) -> str | None:
 
 def hands_on_sizes(module: Any) -> bool:
     """Whether an earlier tower hands its segments to a kernel now, which wants them on the device."""
-    return known_as(module, ON_HOST) is not None and "flash" in (getattr(module.config, "_attn_implementation", None) or "")
+    return known_as(module, ON_HOST) is not None and "flash" in (
+        getattr(module.config, "_attn_implementation", None) or ""
+    )
 
 
 def _takes_metadata(module: nn.Module) -> bool:
