@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def optimize(target: T, *, platform: str | platforms.Platform | None = None, only: Any = None, **settings: Any) -> T:
-    """Makes the VAE of a pipeline, and the vision encoder beside it, faster in place; also takes a single module.
+    """Makes the VAE of a pipeline, and every vision encoder in it, faster in place; also takes a single module.
 
     Args:
         target: a diffusers pipeline, a VAE, or a transformers vision encoder.
@@ -37,12 +37,14 @@ def optimize(target: T, *, platform: str | platforms.Platform | None = None, onl
 
     Raises:
         TypeError: `target` is neither a module nor a pipeline.
-        ValueError: a pipeline without a VAE, an unknown rewrite or platform, a rewrite asked for by name that finds
+        ValueError: a pipeline without either, an unknown rewrite or platform, a rewrite asked for by name that finds
             nothing, weights on the meta device. The model is left as it was.
     """
     parts = _parts(target)
-    if not isinstance(target, nn.Module) and not any(role == "vae" for _, _, role in parts):
-        raise ValueError(f"{type(target).__name__} has no VAE among its components; pass the module itself")
+    if not parts:
+        raise ValueError(
+            f"{type(target).__name__} has no VAE and no vision encoder among its components; pass the module itself"
+        )
     _optimize(parts, platform, only, settings)
     return target
 
