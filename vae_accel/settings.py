@@ -135,11 +135,14 @@ def _table(rewrites: tuple[str, ...]) -> type[_Variables]:
     return create_model("Variables", __base__=_Variables, **switches)  # type: ignore[call-overload]
 
 
-def _tiles_file(given: str) -> Path:
-    if given != "auto":
-        return Path(given).expanduser()
+def cache_directory() -> Path:
+    """Where what was measured or compiled on this machine is kept. It need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache") / "vae-accel" / "tiles.json"
+    return (Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache") / "vae-accel"
+
+
+def _tiles_file(given: str) -> Path:
+    return cache_directory() / "tiles.json" if given == "auto" else Path(given).expanduser()
 
 
 def _refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, bordered
+from . import _dispatch, bordered, conv3x3
 from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kernel, signature
 from .causal_pad import causal_pad
 from .eligible import unsupported
@@ -235,7 +235,13 @@ def conv(
         return reference(
             x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
         )
-    tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
+    ours = unsupported(x, weight, padding) is None
+    if ours and split == 1 and conv3x3.takes(x, weight):
+        x = bordered.bordered(x)
+        history = None if history is None else bordered.bordered(history, x.dtype)
+        residual = None if residual is None else bordered.bordered(residual)
+        return conv3x3.conv(x, weight, bias, before, history, residual, statistics=statistics)
+    tile = _chosen(x, weight, split) if ours else None
     if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
     return _launch(x, weight, bias, before, history, residual, split, statistics=statistics, tile=tile)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, bordered
+from . import _dispatch, bordered, conv3x3
 from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
 from .eligible import measured_on
 from .rms_norm_act import reference as rms_norm_reference
@@ -144,9 +144,11 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
     if tuple(kernel) != (3, 3, 3) or x.dim() != 5 or x.shape[2] % 2 or x.dtype != torch.bfloat16:
         return False
     channels = x.shape[1]
-    if tile_of(channels_out, channels) is None or channels % 8:  # the copy engine moves multiples of 16 bytes
+    if channels % 8 or torch.compiler.is_compiling():  # the copy engine moves multiples of 16 bytes
         return False
-    return triton_available(x) and measured_on(x.device) and not torch.compiler.is_compiling()
+    if not (triton_available(x) and measured_on(x.device)):
+        return False
+    return conv3x3.has_form(channels, channels_out, x.device) or tile_of(channels_out, channels) is not None
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:
@@ -214,14 +216,16 @@ def conv_pairs(
 
     Two frames stand in front, one pixel of zeros around; `residual` is added in fp32 before the one rounding.
     """
+    x = bordered.bordered(x)
+    residual = None if residual is None else bordered.bordered(residual)
+    if tile is None and conv3x3.takes(x, weight):
+        return conv3x3.conv_pairs(x, transformed_taps(weight, 1), bias, residual, weight.dtype)
     n, _, t, h, w = x.shape
     rule = tile_of(*weight.shape[:2])
     if tile is None and rule is not None:
         tile = choose(key_of("winograd", x, weight), rule, x.device)
     assert tile is not None
-    x = bordered.bordered(x)
     out = bordered.empty((n, weight.shape[0], t // 2, h, w), weight.dtype, x.device)
-    residual = None if residual is None else bordered.bordered(residual)
     matrix = transformed_taps(weight, tile.depth)
     place, pairs = bordered.geometry(x), n * t // 4
     tiles_n = -(-weight.shape[0] // tile.cols)

@@ -1,0 +1,364 @@
+// A convolution with 3x3 taps in space as an implicit GEMM for sm_90a: what Triton cannot say of a Hopper card.
+//
+// Pixels are rows of one matrix [pixels, C] in a bordered clip (bordered.py). A program is persistent: one warp fetches
+// by the copy engine, CONSUMERS warpgroups multiply by wgmma m64 x N x k16. N is 96, 128 or 192, so that no column is
+// wasted; and the three taps of a row come from one tile of pixels in shared memory, read at three offsets: a third of
+// what a tile a tap would draw from the L2, which bounds Triton's form (platforms/cuda/README.md).
+//
+// N          columns of a tile
+// PAIRS      1: F(2, 3) along time (winograd.py): two sums, of two frames; 0: direct
+// CONSUMERS  warpgroups that multiply
+// BLOCKS     their accumulators, in blocks of 64 rows; with PAIRS half of them for either sum
+// NA, NB     stages of pixels and of weights
+// NEIGHBOURS channels that share a part of the next GroupNorm's statistics (group_statistics.py), 1 or 2; 0: none
+// BRAIN      the result is bf16, else fp16; operands are fp16, or with BRAIN_OPERANDS bf16
+typedef unsigned int u32; typedef unsigned long long u64; typedef unsigned short u16;
+struct alignas(64) Map { u64 v[16]; };
+
+constexpr int TAIL = N == 96;                   // steps of K are 64 + 32 channels, else 64
+constexpr int STEP = TAIL ? 96 : 64;
+constexpr int SUM = PAIRS ? BLOCKS / 2 : BLOCKS;  // blocks of one sum
+constexpr int ROWS = 64 * SUM;                  // pixels of a warpgroup
+constexpr int BOX = ROWS + 2;                   // and the two that the other taps of a row reach
+constexpr int TILE = CONSUMERS * ROWS;          // pixels of a program
+constexpr int A64 = (BOX + 7) / 8 * 1024, A32 = TAIL * A64 / 2, APART = A64 + A32, ASTAGE = CONSUMERS * APART;
+constexpr int B64 = N * 128, B32 = TAIL * N * 64, BSTAGE = B64 + B32;
+constexpr int CHUNK = N == 128 ? 64 : 96;       // columns on their way out at a time
+constexpr int OUT = 64 * CHUNK * 2;
+constexpr u32 ABYTES = CONSUMERS * BOX * STEP * 2, BBYTES = N * STEP * 2;
+
+__device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void init(u32 bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory"); }
+__device__ __forceinline__ void expect(u32 bar, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+__device__ __forceinline__ void wait(u32 bar, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+  } while (!done);
+}
+__device__ __forceinline__ void load(u32 to, const Map* map, u32 bar, int c, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+    :: "r"(to), "l"((u64)map), "r"(bar), "r"(c), "r"(row) : "memory");
+}
+__device__ __forceinline__ void store(const Map* map, u32 from, int c, int row, int frame) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+    :: "l"((u64)map), "r"(from), "r"(c), "r"(row), "r"(frame) : "memory");
+}
+// A K-major matrix for wgmma: rows of 128 or 64 bytes, swizzled as the copy engine does; `at` in units of 16 bytes.
+__device__ __forceinline__ u64 desc128(u32 at) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(at | 1 << 16), "r"(1u << 30 | 64)); return d; }
+__device__ __forceinline__ u64 desc64(u32 at) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(at | 1 << 16), "r"(2u << 30 | 32)); return d; }
+__device__ __forceinline__ void together(int wg) { asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory"); }
+
+__device__ __forceinline__ void put(u32 at, float a, float b) { asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(a), "f"(b) : "memory"); }
+__device__ __forceinline__ float get(u32 at) { float f; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at) : "memory"); return f; }
+// The sum over the eight lanes that hold the same columns.
+__device__ __forceinline__ float over_rows(float v) {
+  for (int lanes = 4; lanes < 32; lanes *= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  return v;
+}
+
+#if BRAIN
+__device__ __forceinline__ u32 pack(float lo, float hi) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
+__device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
+#else
+__device__ __forceinline__ u32 pack(float lo, float hi) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
+__device__ __forceinline__ float low(u32 two) { float f; asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a; }" : "=f"(f) : "r"(two)); return f; }
+__device__ __forceinline__ float high(u32 two) { float f; asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b; }" : "=f"(f) : "r"(two)); return f; }
+#endif
+
+// The operands of the products, and those of the residual, which is a product with the identity.
+struct Operands { static constexpr bool brain = BRAIN_OPERANDS; };
+struct Residual { static constexpr bool brain = BRAIN; };
+// The blocks of either sum.
+struct P { static constexpr int first = 0; };
+struct Q { static constexpr int first = PAIRS ? SUM : 0; };
+
+// `SUM` blocks from block FIRST of the accumulators, by one tap of a step of K.
+template <class Kind, int FIRST>
+__device__ __forceinline__ void multiply(float (&d)[BLOCKS][N / 2], u32 a, u32 b, int kw) {
+  #pragma unroll
+  for (int k = 0; k < 4; k++)
+    #pragma unroll
+    for (int m = 0; m < SUM; m++)
+      wgmma<Kind::brain>(d[FIRST + m], desc128(a + (kw * 128 + m * 8192 + k * 32) / 16), desc128(b + k * 2));
+  #pragma unroll
+  for (int k = 0; k < 2 * TAIL; k++)
+    #pragma unroll
+    for (int m = 0; m < SUM; m++)
+      wgmma<Kind::brain>(d[FIRST + m], desc64(a + (A64 + kw * 64 + m * 4096 + k * 32) / 16), desc64(b + (B64 + k * 32) / 16));
+}
+
+// Keeps the compiler from moving a sum over the products that are in flight.
+__device__ __forceinline__ void pin(float (&d)[BLOCKS][N / 2]) {
+  #pragma unroll
+  for (int m = 0; m < BLOCKS; m++)
+    #pragma unroll
+    for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[m][i]) :: "memory");
+}
+
+struct Ring { u32 slot, phase; };
+template <int SIZE> __device__ __forceinline__ void next(Ring& r) { if (++r.slot == SIZE) { r.slot = 0; r.phase ^= 1; } }
+
+struct Place { int n0, o0, frame; };  // first column, first pixel in its frame, frame (or pair of frames)
+
+struct Sizes {
+  int frames;     // of the result, or pairs of them
+  int T;          // of one sample
+  int KT, before; // taps in time, frames in front of a sample
+  int kept;       // of them in `history`
+  int tiles_m, tiles_n;
+  int FRAME, ROW, H, W, first;  // bordered.Geometry
+  int I, O, residual;
+  int units, chunks;  // of the statistics
+};
+
+__device__ __forceinline__ Place place_of(int tile, const Sizes& s) {  // neighbours share pixels
+  return {tile % s.tiles_n * N, tile / s.tiles_n % s.tiles_m * TILE, tile / (s.tiles_n * s.tiles_m)};
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
+    const __grid_constant__ Map x64, const __grid_constant__ Map x32, const __grid_constant__ Map h64,
+    const __grid_constant__ Map h32, const __grid_constant__ Map w64, const __grid_constant__ Map w32,
+    const __grid_constant__ Map r64, const __grid_constant__ Map r32, const __grid_constant__ Map e64,
+    const __grid_constant__ Map e32, const __grid_constant__ Map out, const u16* bias, uint4* head, float* partials,
+    const __grid_constant__ Sizes s) {
+  extern __shared__ unsigned char raw[];
+  const u32 base = (smem(raw) + 1023) & ~1023u;
+  const u32 as = base, bs = as + NA * ASTAGE, outs = bs + NB * BSTAGE, bars = outs + CONSUMERS * OUT;
+  const u32 fullA = bars, emptyA = fullA + 8 * NA, fullB = emptyA + 8 * NA, emptyB = fullB + 8 * NB, biases = emptyB + 8 * NB;
+  const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0), warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+  for (int i = threadIdx.x; i < s.O; i += blockDim.x) asm volatile("st.shared.b16 [%0], %1;" :: "r"(biases + 2 * i), "h"(bias ? bias[i] : (u16)0) : "memory");
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.first * s.O / 8; i += gridDim.x * blockDim.x) head[i] = {0, 0, 0, 0};  // before the first picture
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < NA; i++) { init(fullA + 8 * i, 1); init(emptyA + 8 * i, 4 * CONSUMERS); }
+    for (int i = 0; i < NB; i++) { init(fullB + 8 * i, 1); init(emptyB + 8 * i, 4 * CONSUMERS); }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+  const int tiles = s.tiles_m * s.tiles_n * s.frames, KB = s.I / STEP;
+  Ring ra{0, 0}, rb{0, 0};
+
+  if (wg == CONSUMERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(CONSUMERS == 3 ? 32 : 40));
+    if (warp == 0 && lane == 0) {
+      auto loadA = [&](const Map* m64, const Map* m32, int row, int c) {
+        wait(emptyA + 8 * ra.slot, ra.phase ^ 1);
+        const u32 bar = fullA + 8 * ra.slot;
+        u32 to = as + ra.slot * ASTAGE;
+        expect(bar, ABYTES);
+        for (int i = 0; i < CONSUMERS; i++, to += APART, row += ROWS) {
+          load(to, m64, bar, c, row);
+          if (TAIL) load(to + A64, m32, bar, c + 64, row);
+        }
+        next<NA>(ra);
+      };
+      auto loadB = [&](const Map* m64, const Map* m32, int row, int c) {
+        wait(emptyB + 8 * rb.slot, rb.phase ^ 1);
+        const u32 bar = fullB + 8 * rb.slot, to = bs + rb.slot * BSTAGE;
+        expect(bar, BBYTES);
+        load(to, m64, bar, c, row);
+        if (TAIL) load(to + B64, m32, bar, c + 64, row);
+        next<NB>(rb);
+      };
+      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Place p = place_of(tile, s);
+#if PAIRS
+        for (int half = 0; half < 2; half++)
+          for (int kh = 0; kh < 3; kh++)
+            for (int kb = 0; kb < KB; kb++)
+              for (int i = 0; i < 2; i++) {
+                const int j = half ? 3 * i : 1 + i;  // of the transformed frames; their taps lie in the order of the walk
+                loadA(&x64, &x32, (4 * p.frame + j) * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
+                for (int kw = 0; kw < 3; kw++) loadB(&w64, &w32, p.n0, (((2 * half + i) * 3 + kh) * 3 + kw) * s.I + kb * STEP);
+              }
+#else
+        const int n = p.frame / s.T, t = p.frame % s.T - s.before;
+        for (int j = max(-t - s.kept, 0); j < s.KT; j++) {
+          const bool past = t + j < 0;
+          const int frame = past ? n * s.kept + s.kept + t + j : n * (s.T + s.KT - 1 - s.before) + t + j;
+          for (int kh = 0; kh < 3; kh++)
+            for (int kb = 0; kb < KB; kb++) {
+              loadA(past ? &h64 : &x64, past ? &h32 : &x32, frame * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
+              for (int kw = 0; kw < 3; kw++) loadB(&w64, &w32, p.n0, (j * 9 + kh * 3 + kw) * s.I + kb * STEP);
+            }
+        }
+#endif
+        if (s.residual)
+          for (int i = 0; i < 1 + PAIRS; i++)
+            for (int kb = 0; kb < N / STEP; kb++) {
+              loadA(&r64, &r32, ((1 + PAIRS) * p.frame + i) * s.FRAME + s.first + p.o0, p.n0 + kb * STEP);
+              loadB(&e64, &e32, 0, kb * STEP);
+            }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(CONSUMERS == 3 ? 160 : 232));
+    float d[BLOCKS][N / 2];
+    const int row = warp * 16 + (lane >> 3 & 1) * 8 + (lane & 7);  // where this lane's row of a stored matrix goes
+    const u32 swizzled = row * 64 + (((lane >> 4) ^ (row >> 1 & 3)) << 4), biased = biases + 4 * (lane & 3);
+    const u32 mine = wg * APART, stage = outs + wg * OUT;
+    u32 freeA = 0, freeB = 0;  // barriers of what the products before the last group read
+    u32 at = 0;
+    auto release = [&](u32 bar) { if (lane == 0 && bar) arrive(bar); };
+    auto waitA = [&]() { wait(fullA + 8 * ra.slot, ra.phase); at = (as + mine >> 4) + ra.slot * (ASTAGE / 16); };
+    auto tap = [&](auto kind, auto sum, int kw, bool last) {
+      wait(fullB + 8 * rb.slot, rb.phase);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      multiply<decltype(kind), decltype(sum)::first>(d, at, (bs >> 4) + rb.slot * (BSTAGE / 16), kw);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      release(freeB); release(freeA);
+      freeB = emptyB + 8 * rb.slot;
+      freeA = last ? emptyA + 8 * ra.slot : 0;
+      next<NB>(rb);
+      if (last) next<NA>(ra);
+    };
+    auto row_of_taps = [&](auto sum) {
+      waitA();
+      tap(Operands{}, sum, 0, false); tap(Operands{}, sum, 1, false); tap(Operands{}, sum, 2, true);
+    };
+    auto drain = [&]() {
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      release(freeB); release(freeA);
+      freeA = freeB = 0;
+      pin(d);
+    };
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const Place place = place_of(tile, s);
+      const int o0 = place.o0 + wg * ROWS;
+      #pragma unroll
+      for (int m = 0; m < BLOCKS; m++)
+        #pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.f;
+      pin(d);
+#if PAIRS
+      #pragma unroll
+      for (int half = 0; half < 2; half++) {
+        #pragma unroll 1
+        for (int step = 0; step < 3 * KB; step++) { row_of_taps(P{}); row_of_taps(Q{}); }
+        if (half == 0) {
+          drain();
+          #pragma unroll
+          for (int m = 0; m < SUM; m++)
+            #pragma unroll
+            for (int i = 0; i < N / 2; i++) {  // p + q and p - q, in place
+              d[SUM + m][i] = d[m][i] - d[SUM + m][i];
+              d[m][i] = fmaf(2.f, d[m][i], -d[SUM + m][i]);
+            }
+          pin(d);
+        }
+      }
+#else
+      const int unseen = max(s.before - place.frame % s.T - s.kept, 0);  // taps over frames of zeros
+      #pragma unroll 1
+      for (int step = 0; step < 3 * KB * (s.KT - unseen); step++) row_of_taps(P{});
+#endif
+      if (s.residual) {
+        #pragma unroll 1
+        for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, P{}, 0, true); }
+#if PAIRS
+        #pragma unroll 1
+        for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, Q{}, 0, true); }
+#endif
+      }
+      drain();
+      u32 inside[BLOCKS][2];  // masks of this lane's two rows of a block: what is border is stored as zeros
+      #pragma unroll
+      for (int m = 0; m < BLOCKS; m++)
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int r = o0 + m % SUM * 64 + warp * 16 + (lane >> 2) + 8 * i;
+          inside[m][i] = r < s.H * s.ROW && r % s.ROW < s.W ? ~0u : 0u;
+        }
+      #pragma unroll
+      for (int j = 0; j < N / 8; j++) {
+        u32 two;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(two) : "r"(biased + 2 * (place.n0 + 8 * j)) : "memory");
+        #pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+          #pragma unroll
+          for (int i = 0; i < 4; i += 2) { d[m][4 * j + i] += low(two); d[m][4 * j + i + 1] += high(two); }
+      }
+#if NEIGHBOURS
+      // Mean and squared deviations of a warp's rows by lanes that share columns, then of its warpgroup's, by Chan.
+      if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      together(wg);
+      constexpr int UNITS = N / NEIGHBOURS;
+      float number = 0;
+      #pragma unroll
+      for (int m = 0; m < BLOCKS; m++) number += NEIGHBOURS * ((inside[m][0] & 1) + (inside[m][1] & 1));
+      number = over_rows(number);
+      const float share = 1 / fmaxf(number, 1);
+      #pragma unroll
+      for (int j = 0; j < N / 8; j++)
+        #pragma unroll
+        for (int e = 0; e < 2 / NEIGHBOURS; e++) {
+          float sum = 0, m2 = 0;
+          #pragma unroll
+          for (int m = 0; m < BLOCKS; m++)
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]) & inside[m][i];
+              sum += NEIGHBOURS == 2 ? low(two) + high(two) : e ? high(two) : low(two);
+            }
+          const float mean = over_rows(sum) * share;
+          #pragma unroll
+          for (int m = 0; m < BLOCKS; m++)
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]);
+              const float a = low(two) - mean, b = high(two) - mean, square = NEIGHBOURS == 2 ? a * a + b * b : e ? b * b : a * a;
+              m2 += inside[m][i] ? square : 0;
+            }
+          m2 = over_rows(m2);
+          if (lane < 4) put(stage + 8 * (warp * UNITS + (8 * j + 2 * lane) / NEIGHBOURS + e), mean, m2);
+        }
+      if (lane == 0) put(stage + 8 * (4 * UNITS + warp), number, 0);
+      together(wg);
+      for (int unit = threadIdx.x % 128; unit < UNITS; unit += 128) {
+        float mean = 0, m2 = 0, count = 0;
+        for (int i = 0; i < 4; i++) {
+          const float n = get(stage + 8 * (4 * UNITS + i)), both = count + n, delta = get(stage + 8 * (i * UNITS + unit)) - mean;
+          const float part = n / fmaxf(both, 1);
+          m2 += get(stage + 8 * (i * UNITS + unit) + 4) + delta * delta * count * part;
+          mean += delta * part;
+          count = both;
+        }
+        const long long plane = (long long)s.frames * s.units * s.chunks;
+        float* to = partials + ((long long)place.frame * s.units + place.n0 / NEIGHBOURS + unit) * s.chunks + o0 / ROWS;
+        to[0] = mean; to[plane] = m2; to[2 * plane] = count;
+      }
+#endif
+      #pragma unroll
+      for (int m = 0; m < BLOCKS; m++)
+        #pragma unroll
+        for (int h = 0; h < N / CHUNK; h++) {
+          if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+          together(wg);
+          #pragma unroll
+          for (int j = 0; j < CHUNK / 8; j += 2) {
+            u32 word[4];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const float* two = &d[m][4 * (h * (CHUNK / 8) + j + i / 2) + 2 * (i % 2)];
+              word[i] = pack(two[0], two[1]) & inside[m][i % 2];
+            }
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+              :: "r"(stage + j / 4 * 4096 + (j & 2 ? swizzled ^ 32 : swizzled)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+          }
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          together(wg);
+          if (threadIdx.x % 128 == 0) {
+            #pragma unroll
+            for (int c = 0; c < CHUNK / 32; c++)
+              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64, (1 + PAIRS) * place.frame + m / SUM);
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+          }
+        }
+    }
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+}

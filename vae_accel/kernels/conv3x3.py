@@ -1,0 +1,246 @@
+"""Convolutions with 3x3 taps in space on Hopper, by a kernel in CUDA C++ (conv3x3.cu says how).
+
+The law is that of `kernels/conv.py` and, by pairs of frames, of `kernels/winograd.py`, whose forms in Triton run where
+this one does not: on other cards, for channels it has no form for, without NVRTC.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _dispatch, bordered, nvrtc
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
+from .nvrtc import Program, TensorMap
+from .tile_io import weight_matrix
+
+SOURCE = Path(__file__).with_suffix(".cu")
+NAME, ARCH = "conv3x3", "sm_90a"
+SHARED = 227 << 10  # bytes a program may have
+
+
+class Form(NamedTuple):
+    """columns: of a tile; pairs: of frames, by F(2, 3); consumers: warpgroups that multiply."""
+
+    columns: int
+    pairs: bool
+    consumers: int
+
+    @property
+    def step(self) -> int:
+        """Input channels at a time."""
+        return 96 if self.columns == 96 else 64
+
+    @property
+    def blocks(self) -> int:
+        """Sums of 64 pixels that a warpgroup holds, of which F(2, 3) needs half for either frame."""
+        return 4 if self.columns == 96 and self.pairs else 2
+
+    @property
+    def rows(self) -> int:
+        """Pixels of a warpgroup."""
+        return 64 * (self.blocks // 2 if self.pairs else self.blocks)
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """How many tiles of pixels and of weights are on their way: what shared memory holds, weights three a tile."""
+        pixels, weights = {
+            (96, True): (2, 5), (128, True): (3, 6), (192, True): (4, 4),
+            (96, False): (2, 5), (128, False): (2, 5), (192, False): (3, 4),
+        }[self.columns, self.pairs]  # fmt: skip
+        return pixels, weights
+
+    def shared(self, channels_out: int) -> int:
+        pixels, weights = self.stages
+        part = -(-(self.rows + 2) // 8) * 8 * self.step * 2
+        chunk = 64 if self.columns == 128 else 96
+        tiles = (
+            pixels * self.consumers * part + weights * self.columns * self.step * 2 + self.consumers * 64 * chunk * 2
+        )
+        return 1024 + tiles + 16 * (pixels + weights) + 2 * channels_out
+
+    def program(self, operands: torch.dtype, result: torch.dtype, neighbours: int) -> Program:
+        """`neighbours`: channels that share a part of the statistics it gathers; 0 where it gathers none."""
+        pixels, weights = self.stages
+        macros = {"N": self.columns, "PAIRS": int(self.pairs), "CONSUMERS": self.consumers, "BLOCKS": self.blocks}
+        macros |= {"NA": pixels, "NB": weights, "NEIGHBOURS": neighbours, "BRAIN": int(result == torch.bfloat16)}
+        macros |= {"BRAIN_OPERANDS": int(operands == torch.bfloat16)}
+        source = _products(self.columns) + SOURCE.read_text()
+        return Program(source, NAME, tuple(f"-D{name}={value}" for name, value in macros.items()), ARCH)
+
+
+class _Sizes(ctypes.Structure):
+    """`Sizes` of conv3x3.cu."""
+
+    names = "frames T KT before kept tiles_m tiles_n FRAME ROW H W first I O residual units chunks"
+    _fields_: ClassVar = [(name, ctypes.c_int) for name in names.split()]
+
+
+def columns_of(channels_in: int, channels_out: int) -> int | None:
+    """Columns of a tile that divide the output channels, with a step of K that divides the input's; or None."""
+    if channels_in % 64 == 0 and channels_out % 192 == 0:
+        return 192
+    if channels_in % 64 == 0 and channels_out % 128 == 0:
+        return 128
+    return 96 if channels_in % 96 == 0 and channels_out % 96 == 0 else None
+
+
+def has_form(channels_in: int, channels_out: int, device: torch.device) -> bool:
+    """Whether there is a form for these channels on this card."""
+    return columns_of(channels_in, channels_out) is not None and device.type == "cuda" and _ready(device)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of ours, by `kernels.eligible`, has a form here: of 16 bits, with 3x3 taps in space."""
+    if weight.shape[-1] != 3 or x.dtype.itemsize != 2 or weight.dtype.itemsize != 2:
+        return False
+    return has_form(x.shape[1], weight.shape[0], x.device)
+
+
+@functools.cache
+def _ready(device: torch.device) -> bool:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    reason = nvrtc.unavailable()
+    if reason is not None:
+        warnings.warn(f"convolutions run in Triton's form, which is slower: {reason}", stacklevel=2)
+    return reason is None
+
+
+def conv_pairs(x: Tensor, taps: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[N, O, T, H, W]` of what `rms_norm_pairs` made, bordered `[N, I, 2 T, H, W]`, and its `transformed_taps`."""
+    n, _, t, h, w = x.shape
+    out = bordered.empty((n, taps.shape[0], t // 2, h, w), dtype, x.device)
+    return _launch(x, None, taps, bias, residual, out, _Sizes(frames=n * t // 4, T=1, KT=3), pairs=True)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: int,
+    history: Tensor | None,
+    residual: Tensor | None,
+    *,
+    statistics: bool = False,
+) -> Tensor:
+    """As `kernels.conv.conv` for a padding of 1, of a bordered `x`."""
+    n, _, *spatial = x.shape
+    taps_in_time = weight.shape[2] if weight.dim() == 5 else 1
+    time = (spatial[0] + before - taps_in_time + 1,) if len(spatial) == 3 else ()
+    shape = (n, weight.shape[0], *time, *spatial[-2:])
+    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
+    kept = 0 if history is None else history.shape[2]
+    sizes = _Sizes(frames=n * (*time, 1)[0], T=(*time, n)[0], KT=taps_in_time, before=before, kept=kept)
+    taps = weight_matrix(weight, x.dtype, 1)
+    return _launch(x, history, taps, bias, residual, out, sizes, pairs=False, statistics=statistics)
+
+
+def _launch(
+    x: Tensor,
+    history: Tensor | None,
+    taps: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    sizes: _Sizes,
+    *,
+    pairs: bool,
+    statistics: bool = False,
+) -> Tensor:
+    place, channels, outputs = bordered.geometry(out), x.shape[1], out.shape[1]
+    columns = columns_of(channels, outputs)
+    assert columns is not None
+    processors = _processors(x.device)
+    form = _form(columns, pairs, place.frame, sizes.frames * outputs // columns, processors)
+    sizes.tiles_m, sizes.tiles_n = -(-place.frame // (form.consumers * form.rows)), outputs // columns
+    sizes.FRAME, sizes.ROW, sizes.H, sizes.W, sizes.first = (
+        place.frame,
+        place.row,
+        place.height,
+        place.width,
+        place.first,
+    )
+    sizes.I, sizes.O, sizes.residual = channels, outputs, int(residual is not None)
+    partials = empty_partials(out, sizes.tiles_m * form.consumers) if statistics else None
+    sizes.units, sizes.chunks = layout_of(partials)
+    pixels, box, tail = bordered.pixels_of(out), form.rows + 2, columns == 96
+    frames = [outputs, place.frame, place.frames], [outputs, place.frame * outputs]
+    x_maps = _rows(bordered.pixels_of(x), box, tail)
+    maps = (
+        *x_maps,
+        *(x_maps if history is None else _rows(bordered.pixels_of(history), box, tail)),
+        *_rows(taps, columns, tail),
+        *(x_maps if residual is None else _rows(bordered.pixels_of(residual), box, tail)),
+        *_identity(columns, out.dtype, x.device),
+        TensorMap(pixels[place.first :], *frames, [32, 64, 1]),
+    )
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, pixels, partials))
+    grid = min(sizes.tiles_m * sizes.tiles_n * sizes.frames, processors)
+    if _dispatch.tally is not None:  # by pairs as many as the direct convolution, for a rate that compares
+        _dispatch.tally(NAME, 2 * out.numel() * channels * 9 * sizes.KT, 0)
+    with torch.cuda.device_of(x):
+        kernel = _kernel(form, x.dtype, out.dtype, neighbours_of(outputs) if statistics else 0, outputs, x.device)
+        nvrtc.launch(
+            kernel, grid, 128 * (form.consumers + 1), form.shared(outputs), (*maps, *pointers, sizes), x.device
+        )
+    if partials is not None:
+        note(out, partials)
+    return out
+
+
+@functools.cache
+def _kernel(
+    form: Form, operands: torch.dtype, result: torch.dtype, neighbours: int, channels_out: int, device: torch.device
+) -> ctypes.c_void_p:
+    """`device` is current."""
+    return nvrtc.load(form.program(operands, result, neighbours), form.shared(channels_out))
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(columns: int, pairs: bool, pixels: int, others: int, processors: int) -> Form:
+    """With two warpgroups or three, whichever leaves fewer processors waiting for the last tiles."""
+    forms = [Form(columns, pairs, consumers) for consumers in ((3, 2) if columns == 128 else (2,))]
+    return min(forms, key=lambda f: -(-(-(-pixels // (f.consumers * f.rows)) * others) // processors) * f.consumers)
+
+
+def _rows(matrix: Tensor, box: int, tail: bool) -> tuple[TensorMap, TensorMap]:
+    """A matrix of dense rows in boxes of 64 columns, and of 32 where a step of K has a `tail` (else unread)."""
+    sizes, strides = [matrix.shape[1], matrix.shape[0]], [matrix.stride(0)]
+    wide = TensorMap(matrix, sizes, strides, [64, box])
+    return wide, TensorMap(matrix, sizes, strides, [32, box]) if tail else wide
+
+
+@functools.cache
+def _identity(columns: int, dtype: torch.dtype, device: torch.device) -> tuple[TensorMap, TensorMap]:
+    with torch.inference_mode(False):
+        return _rows(torch.eye(columns, dtype=dtype, device=device), columns, columns == 96)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _products(columns: int) -> str:
+    """wgmma m64 x columns x k16 of fp16 (false) and of bf16 (true), sums in `d`: one operand for each register."""
+    registers = columns // 2
+    names = ", ".join(f"%{i}" for i in range(registers))
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
+    head = (
+        f"__device__ __forceinline__ void wgmma%s(float (&d)[{registers}], unsigned long long a, unsigned long long b)"
+    )
+    text = [f"template <bool brain> {head % ''};"]
+    for brain, kind in (("false", "f16"), ("true", "bf16")):
+        product = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
+        operands = f"{{{names}}}, %{registers}, %{registers + 1}, 1, 1, 1, 0, 0;"
+        text.append(f"template <> {head % f'<{brain}>'} {{")
+        text.append(f'  asm volatile("{product} {operands}" : {sums} : "l"(a), "l"(b)); }}')
+    return "\n".join(text) + "\n"
