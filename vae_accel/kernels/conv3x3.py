@@ -93,7 +93,7 @@ def columns_of(channels_in: int, channels_out: int) -> int | None:
 
 def has_form(channels_in: int, channels_out: int, device: torch.device) -> bool:
     """Whether there is a form for these channels on this card."""
-    return columns_of(channels_in, channels_out) is not None and device.type == "cuda" and _ready(device)
+    return columns_of(channels_in, channels_out) is not None and _ready(device)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -105,7 +105,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _ready(device: torch.device) -> bool:
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     reason = nvrtc.unavailable()
     if reason is not None:

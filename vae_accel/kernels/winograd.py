@@ -28,6 +28,7 @@ from .tiles import Tile, key_of
 tl: Any = None  # triton.language, bound at the first launch
 
 TILE = 4096  # elements of a frame a program of the norm holds
+WARPS = 4
 KEPT = 2
 
 
@@ -189,7 +190,7 @@ def rms_norm_pairs(
     with torch.cuda.device_of(x):
         _norm_pairs[-(-frame // rows), n](
             bordered.pixels_of(x), history, bordered.pixels_of(out), bordered.pixels_of(kept), weight, eps, c, t, frame,
-            ACT=act, ROWS=rows, COLS=cols, num_warps=4,
+            ACT=act, ROWS=rows, COLS=cols, num_warps=WARPS,
         )  # fmt: skip
     return out, kept
 

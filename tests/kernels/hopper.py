@@ -1,0 +1,110 @@
+"""Stands for a Hopper card on a CPU: does, in fp64, what conv3x3.cu does with the arguments of a launch.
+
+Tile by tile, with the copy engine's boxes, which read zeros where a matrix ends and write nothing there. What it shows
+is that the host lays out pixels, taps, history and statistics as the kernel walks them.
+"""
+
+import ctypes
+
+import torch
+
+from vae_accel.kernels import conv3x3, nvrtc
+
+
+class Box:
+    """A tensor map: `sizes` from the innermost dimension."""
+
+    def __init__(self, x, sizes, strides, box):
+        assert all(stride * x.element_size() % 16 == 0 for stride in strides) and x.data_ptr() % 16 == 0
+        assert box[0] * x.element_size() in (64, 128) and max(box) <= 256
+        reach = sum((size - 1) * stride for size, stride in zip(sizes, [1, *strides], strict=True))
+        assert x.storage_offset() + reach < x.untyped_storage().nbytes() // x.element_size()
+        self.whole = x.as_strided(sizes[::-1], [*strides[::-1], 1], x.storage_offset())
+
+    def read(self, row, rows, column, columns):
+        out = torch.zeros(rows, columns, dtype=torch.float64)
+        part = self.whole[row : row + rows, column : column + columns]
+        out[: part.shape[0], : part.shape[1]] = part
+        return out
+
+    def write(self, frame, row, column, value):
+        part = self.whole[frame, row : row + value.shape[0], column : column + value.shape[1]]
+        part.copy_(value[: part.shape[0], : part.shape[1]])
+
+
+class Card:
+    """`install` puts it in the place of the driver; `launches` are the macros of every launch."""
+
+    def __init__(self, processors=3):
+        self.launches, self.processors = [], processors
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
+        monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)
+        monkeypatch.setattr(conv3x3, "TensorMap", Box)
+        monkeypatch.setattr(nvrtc, "load", lambda program, shared: program)
+        monkeypatch.setattr(nvrtc, "launch", self.launch)
+        for cached in (conv3x3._identity, conv3x3._kernel, conv3x3._form):
+            cached.cache_clear()
+        return self
+
+    def launch(self, program, grid, threads, shared, arguments, device):
+        macro = {name: int(value) for name, value in (option[2:].split("=") for option in program.options)}
+        assert threads == 128 * (macro["CONSUMERS"] + 1) and shared <= conv3x3.SHARED and grid <= self.processors
+        self.launches.append(macro)
+        x, _, history, _, w, _, residual, _, one, _, out, bias, head, partials, s = arguments
+        dtype = torch.bfloat16 if macro["BRAIN"] else torch.float16
+        bias = torch.zeros(s.O) if bias.value is None else memory(bias, s.O, dtype)
+        memory(head, s.first * s.O, dtype).zero_()
+        sums, n = 1 + macro["PAIRS"], macro["N"]
+        rows = 64 * macro["BLOCKS"] // sums
+        parts = None if partials.value is None else memory(partials, 3 * s.frames * s.units * s.chunks, torch.float32)
+        for tile in range(s.tiles_m * s.tiles_n * s.frames):
+            n0, frame = tile % s.tiles_n * n, tile // (s.tiles_n * s.tiles_m)
+            for o0 in range(macro["CONSUMERS"]):
+                o0 = (tile // s.tiles_n % s.tiles_m * macro["CONSUMERS"] + o0) * rows
+                row = o0 + torch.arange(rows)
+                inside = (row < s.H * s.ROW) & (row % s.ROW < s.W)
+
+                def taps(pixels, at, index, o0=o0, n0=n0):
+                    """All 3x3 taps of the picture at `at` pixels, by the weights of tap `9 index` on."""
+                    total = 0
+                    for tap in range(9):
+                        a = pixels.read(at + o0 + tap // 3 * s.ROW + tap % 3, rows, 0, s.I)
+                        total = total + a @ w.read(n0, n, (9 * index + tap) * s.I, s.I).T
+                    return total
+
+                if macro["PAIRS"]:
+                    m = [taps(x, (4 * frame + j) * s.FRAME, i) for i, j in enumerate((1, 2, 0, 3))]
+                    found = [m[0] + m[1] + m[2], m[0] - m[1] + m[3]]
+                else:
+                    sample, t = frame // s.T, frame % s.T - s.before
+                    found = [torch.zeros(rows, n, dtype=torch.float64)]
+                    for j in range(max(-t - s.kept, 0), s.KT):
+                        if t + j < 0:
+                            found[0] += taps(history, (sample * s.kept + s.kept + t + j) * s.FRAME, j)
+                        else:
+                            found[0] += taps(x, (sample * (s.T + s.KT - 1 - s.before) + t + j) * s.FRAME, j)
+                for i, value in enumerate(found):
+                    if s.residual:
+                        at = (sums * frame + i) * s.FRAME + s.first + o0
+                        value = value + residual.read(at, rows, n0, n) @ one.read(0, n, 0, n).T
+                    value = torch.where(inside[:, None], value + bias[n0 : n0 + n].double(), 0).to(dtype)
+                    if parts is not None:
+                        gather(parts, value, inside, s, macro["NEIGHBOURS"], frame, n0, o0 // rows)
+                    out.write(sums * frame + i, o0, n0, value)
+
+
+def gather(parts, value, inside, s, neighbours, frame, n0, chunk):
+    units = value[inside].double().unflatten(1, (-1, neighbours)).movedim(1, 0).flatten(1)
+    found = torch.zeros(3, units.shape[0])
+    if units.shape[1]:
+        mean = units.mean(1)
+        found = torch.stack((mean, (units - mean[:, None]).square().sum(1), torch.full_like(mean, units.shape[1])))
+    first = n0 // neighbours
+    parts.view(3, s.frames, s.units, s.chunks)[:, frame, first : first + len(units), chunk] = found.float()
+
+
+def memory(pointer, count, dtype):
+    size = count * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * size).from_address(pointer.value), dtype=dtype)

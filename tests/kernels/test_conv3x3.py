@@ -1,0 +1,205 @@
+"""The convolution in CUDA C++: on a CPU what its host side asks for, and that it compiles; on a Hopper card all."""
+
+import itertools
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.clips import assert_bordered, normal, weights
+from tests.kernels.hopper import Card
+from vae_accel.kernels import bordered, conv, conv3x3, group_statistics, nvrtc, winograd
+from vae_accel.kernels.conv3x3 import Form, columns_of
+
+FORMS = [
+    *(Form(columns, pairs, 2) for columns, pairs in itertools.product((96, 128, 192), (True, False))),
+    *(Form(128, pairs, 3) for pairs in (True, False)),
+]
+CHANNELS = [(96, 96), (64, 128), (128, 256), (64, 192), (192, 96)]
+SHAPES = [(1, 4, 5, 6), (2, 2, 3, 5), (1, 2, 1, 1), (1, 2, 9, 31)]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A card of Python in the place of the real one, or a Hopper card. What a kernel does not write is NaN."""
+    if request.param == "cpu":
+        Card().install(monkeypatch)
+    elif not HOPPER:
+        pytest.skip("no Hopper card")
+    empty = bordered.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        bordered.pixels_of(x).fill_(float("nan"))
+        return x
+
+    monkeypatch.setattr(bordered, "empty", poisoned)
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+def assert_near(ours, oracle):
+    """One rounding of the result, and the fp16 taps of a bf16 model, which are exact."""
+    error = (ours.double() - oracle).square().mean().sqrt() / oracle.square().mean().sqrt()
+    assert error < (5e-4 if ours.dtype == torch.float16 else 2.2e-3), float(error)
+    assert_bordered(ours)
+
+
+def clips(channels_in, channels_out, shape, device, dtype=torch.bfloat16, kernel=(3, 3, 3)):
+    n, t, h, w = shape
+    x = normal(n, channels_in, t, h, w, device=device)
+    weight, bias = weights(channels_out, channels_in, *kernel, device=device, dtype=dtype)
+    return x, weight, bias, normal(n, channels_out, t, h, w, device=device, dtype=dtype)
+
+
+def double(x):
+    return None if x is None else x.double()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kept", [None, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_clips_behind_frames_of_a_cache(device, channels, shape, kept, residual):
+    x, weight, bias, more = clips(*channels, shape, device)
+    history = None if kept is None else normal(shape[0], channels[0], kept, *shape[2:], device=device)
+    given = {"padding": (1, 1), "before": 2, "history": history, "residual": more if residual else None}
+    expected = {**given, "history": double(history), "residual": double(given["residual"])}
+    oracle = conv.reference(x.double(), weight.double(), bias.double(), **expected)
+    given |= {name: bordered.bordered(clip) for name, clip in given.items() if isinstance(clip, torch.Tensor)}
+    ours = conv3x3.conv(bordered.bordered(x), weight, bias, 2, given["history"], given["residual"])
+    assert_near(ours, oracle)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_pairs_of_frames(device, channels, shape, residual):
+    x, weight, bias, more = clips(*channels, shape, device)
+    oracle = conv.reference(
+        x.double(),
+        weight.double(),
+        bias.double(),
+        padding=(1, 1),
+        before=2,
+        residual=more.double() if residual else None,
+    )
+    v = winograd.reference(F.pad(x.double(), (0, 0, 0, 0, 2, 0))).half()
+    taps = taps_of(weight)
+    residual = bordered.bordered(more) if residual else None
+    assert_near(conv3x3.conv_pairs(bordered.bordered(v), taps, bias, residual, weight.dtype), oracle)
+
+
+def taps_of(weight):
+    """What `winograd.transformed_taps` writes, in torch."""
+    g = weight.float().movedim(1, -1).flatten(3).unbind(1)
+    order = ((g[0] + g[2] + g[1]) / 2, (g[0] + g[2] - g[1]) / 2, g[0], -g[2])
+    return torch.stack(order, 1).flatten(1).half().contiguous()
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16")], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_pictures(device, dtypes, bias):
+    operands, result = (getattr(torch, name) for name in dtypes)
+    for channels in CHANNELS:
+        x, weight, some, _ = clips(*channels, (2, 1, 7, 6), device, result, (3, 3))
+        x, some = x[:, :, 0].to(operands), some if bias else None
+        oracle = F.conv2d(x.double(), weight.double(), double(some), padding=1)
+        assert_near(conv3x3.conv(bordered.bordered(x), weight, some, 0, None, None), oracle)
+
+
+@pytest.mark.parametrize("offset", [0, 30])
+@pytest.mark.parametrize("channels", [(64, 128), (64, 384), (96, 96), (96, 192)], ids=str)
+def test_statistics_of_the_next_norm(device, channels, offset):
+    x, weight, bias, _ = clips(*channels, (2, 1, 11, 14), device, kernel=(3, 3))
+    y = conv3x3.conv(bordered.bordered(x[:, :, 0]), weight, bias + offset, 0, None, None, statistics=True)
+    mean, m2, count = group_statistics.noted(y, 32 if channels[1] > 96 else 1).double()
+    groups = y.double().unflatten(1, (mean.shape[1], -1)).movedim(2, 1).flatten(3).transpose(1, 2).flatten(2)
+    total = count.sum(-1)
+    assert (total == groups.shape[-1]).all()
+    whole = (mean * count).sum(-1) / total
+    squares = (m2 + count * (mean - whole[..., None]).square()).sum(-1)
+    torch.testing.assert_close(whole, groups.mean(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares / total, groups.var(-1, unbiased=False), rtol=1e-4, atol=1e-6)
+
+
+def test_fewer_warpgroups_where_more_would_wait(device):
+    """512 channels of 128 x 128: with two, 264 tiles on 132 processors are two rounds; with three as many of longer."""
+    frame = bordered.Geometry(1, 128, 128).frame
+    assert conv3x3._form(128, False, frame, 4, 132) == Form(128, False, 2)
+    assert conv3x3._form(128, False, bordered.Geometry(1, 1024, 1024).frame, 1, 132) == Form(128, False, 3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns"),
+    [((96, 96), 96), ((384, 384), 192), ((512, 512), 128), ((64, 576), 192), ((96, 192), 96), ((288, 288), 96)],
+    ids=str,
+)
+def test_tiles_waste_no_column(channels, columns):
+    assert columns_of(*channels) == columns and channels[1] % columns == 0
+
+
+@pytest.mark.parametrize("channels", [(16, 384), (144, 160), (96, 3), (96, 128), (4, 512)], ids=str)
+def test_other_channels_are_for_tritons_form(channels):
+    assert columns_of(*channels) is None
+
+
+def test_the_fused_convolution_comes_here(device):
+    """And does not where the result is no 16 bits, or the kernel is 1x1."""
+    x, weight, bias, _ = clips(64, 128, (1, 2, 4, 5), device)
+    assert conv3x3.takes(x, weight)
+    assert not conv3x3.takes(x, weight.float()) and not conv3x3.takes(x.float(), weight)
+    assert not conv3x3.takes(x, weight[..., :1, :1]) and not conv3x3.takes(x[:, :40], weight)
+    if device.type == "cuda":
+        y = conv.conv(x, weight, bias, padding=(1, 1), before=2)
+        assert_near(y, conv.reference(x.double(), weight.double(), bias.double(), padding=(1, 1), before=2))
+
+
+def test_without_a_compiler_a_warning_says_so_once(monkeypatch):
+    conv3x3._ready.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "libnvrtc.so.13: cannot open")
+    with pytest.warns(UserWarning, match=r"Triton's form, which is slower: libnvrtc\.so\.13"):
+        assert not conv3x3.has_form(96, 96, torch.device("cuda", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not conv3x3.has_form(96, 96, torch.device("cuda", 0))
+    conv3x3._ready.cache_clear()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("neighbours", [0, 1, 2])
+def test_compiles_for_sm_90a_without_spills_and_fits(form, neighbours):
+    try:
+        nvrtc._nvrtc()
+    except OSError as missing:
+        pytest.skip(f"{missing}")
+    if neighbours and (form.pairs or neighbours == 1 and form.columns != 96):
+        pytest.skip("no norm with statistics follows a pair, and multiples of 64 channels share parts by two")
+    code, log = nvrtc.compile(form.program(torch.float16, torch.bfloat16, neighbours))
+    assert code.startswith(b"\x7fELF")
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", log), log
+    assert form.shared(channels_out=1152) <= conv3x3.SHARED
+
+
+def test_a_compiler_that_refuses_is_quoted():
+    try:
+        nvrtc._nvrtc()
+    except OSError as missing:
+        pytest.skip(f"{missing}")
+    program = nvrtc.Program("__global__ void broken() { undeclared(); }", "broken", (), "sm_90a")
+    with pytest.raises(nvrtc.CompileError, match="undeclared"):
+        nvrtc.compile(program)
+
+
+def test_what_was_compiled_is_read_again(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(nvrtc, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(nvrtc, "compile", lambda program: made.append(program) or (b"code", ""))
+    first = nvrtc.Program("text", "name", ("-DN=96",), "sm_90a")
+    assert nvrtc._machine_code(first) == nvrtc._machine_code(first) == b"code" and made == [first]
+    nvrtc._machine_code(first._replace(options=("-DN=128",)))
+    assert len(made) == 2
