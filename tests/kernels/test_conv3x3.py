@@ -177,7 +177,7 @@ def test_compiles_for_sm_90a_without_spills_and_fits(form, neighbours):
         nvrtc._nvrtc()
     except OSError as missing:
         pytest.skip(f"{missing}")
-    if neighbours and (form.pairs or neighbours == 1 and form.columns != 96):
+    if neighbours and (form.pairs or (neighbours == 1 and form.columns != 96)):
         pytest.skip("no norm with statistics follows a pair, and multiples of 64 channels share parts by two")
     code, log = nvrtc.compile(form.program(torch.float16, torch.bfloat16, neighbours))
     assert code.startswith(b"\x7fELF")

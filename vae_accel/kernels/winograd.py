@@ -27,7 +27,7 @@ from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
-TILE = 4096  # elements of a frame a program of the norm holds
+TILE = 1024  # elements of a frame a program of the norm holds: 2.2 TB/s; with 4096, 1.85
 WARPS = 4
 KEPT = 2
 
