@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vae_accel.families import kl, wan
+from vae_accel.families import hunyuan_video, kl, wan
 from vae_accel.families.match import by_row
 from vae_accel.families.row import Block
 
-ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {**wan.ROWS, **kl.ROWS}
+ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {**wan.ROWS, **kl.ROWS, **hunyuan_video.ROWS}
 
 
 def block_of(module: nn.Module) -> Block | str | None:

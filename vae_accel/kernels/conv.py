@@ -27,6 +27,7 @@ from ._dispatch import (
     triton_available,
 )
 from .causal_pad import causal_pad
+from .causal_pad import reference as padded
 from .tile_choice import choose
 from .tile_io import begin, block_of, finish, frames_of, rows_of
 from .tiles import Tile, key_of
@@ -44,6 +45,9 @@ def reference(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
 ) -> Tensor:
     """The law: the vendor's convolution of the padded clip, and the residual added to what it rounded.
 
@@ -52,10 +56,13 @@ def reference(
     dtype = weight.dtype
     if x.dtype != dtype:
         x = x.to(torch.promote_types(x.dtype, dtype))
+    sides = (padding[1], padding[1], padding[0], padding[0]) if space != "zeros" else (0, 0, 0, 0)
     if x.dim() == 5:
-        if history is not None:
-            x, before = torch.cat([history.to(x.dtype), x], 2), before - history.shape[2]
-        x = F.pad(x, (0, 0, 0, 0, before, 0))
+        history = None if history is None else history.to(x.dtype)
+        x = padded(x, (*sides, before, after), time=time, space=space, history=history)
+    elif any(sides):
+        x = F.pad(x, sides, mode=space)
+    padding = padding if space == "zeros" else (0, 0)
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
     y = convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), 1, (0,) * (x.dim() - 4) + padding)
     if split > 1:
@@ -73,14 +80,17 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n")
+@lazy_kernel(alike="frames T S K H W ROW FRAME O first channels tiles_n")
 def _conv(
     x, history, w, w2, bias, residual, residual2, out, out2,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
-    BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
+    frames, T, S, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
+    BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels].
+
+    A sample has T frames, of `x` S, of `history` K. With `REPEAT` the first and the last stand for those beyond them.
+    """
     pid = tl.program_id(0)
     side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
     f = pid // tiles_n % frames
@@ -96,17 +106,20 @@ def _conv(
     if MORE:
         acc2 = begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
     PER: tl.constexpr = KH * KB
-    here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
-    if BEFORE:
+    here = 0 if REPEAT else tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
+    if BEFORE and not REPEAT:
         past = (n * K + K + t - BEFORE) * FRAME + o0 + first
         for i in tl.range(tl.maximum(here - K, 0) * PER, here * PER, num_stages=STAGES):
             a = history.load([past + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
             acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
             if MORE:
                 acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0 + first  # a sample of x has T + KT - 1 - BEFORE frames
+    now = (n * S + t - BEFORE) * FRAME + o0 + first
     for i in tl.range(here * PER, KT * PER, num_stages=STAGES):
-        a = x.load([now + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
+        s = i // PER
+        if REPEAT:
+            s = tl.minimum(tl.maximum(s, BEFORE - t), S - 1 + BEFORE - t)
+        a = x.load([now + s * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
@@ -123,21 +136,27 @@ def _launch(
     history: Tensor | None,
     residual: Tensor | None,
     split: int,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
     *,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
-    time = spatial[0] if len(spatial) == 3 else 1
+    frames_in = spatial[0] if len(spatial) == 3 else 1
     channels_out, kt, kh, kw = weight.shape[0], *((1,) * (4 - weight.dim() + 1) + tuple(weight.shape[2:]))
-    frames_out = (time + before - kt + 1) * split
+    frames_out = (frames_in + before + after - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
-    x = bordered.bordered(x)
-    out = bordered.empty(shape, weight.dtype, x.device)
+    if kh == 3:
+        x = bordered.bordered(x, border=space)
+    elif not bordered.is_bordered(x):
+        x = bordered.laid_out(x, border=space)
     place = bordered.geometry(x)
+    out = bordered.empty(shape, weight.dtype, x.device, place.border)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
-    history = None if history is None else bordered.bordered(history, x.dtype)
-    residual = None if residual is None else bordered.bordered(residual)
+    history = None if history is None else bordered.bordered(history, x.dtype, place.border)
+    residual = None if residual is None else bordered.laid_out(residual, border=place.border)
     matrix = weight_matrix(weight, x.dtype, tile.depth, together)
     bias = bias if bias is None or together == 1 else bias.repeat(together)
     sides = [frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
@@ -150,10 +169,11 @@ def _launch(
         _conv[(tiles_n * frames * -(-frame // tile.rows),)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, *sides, frames, frames // n, 0 if history is None else history.shape[2],
+            bias, *sides, frames, frames // n, frames_in, 0 if history is None else history.shape[2],
             place.height, place.width // together, place.row // together, frame, columns,
             0 if kh == 3 else place.first, columns // split, tiles_n,
-            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
+            BEFORE=before, REPEAT=time == "replicate" and history is None, KT=kt, KH=kh,
+            KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
             **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
@@ -241,6 +261,15 @@ def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | No
     return None
 
 
+def has_form(x: Tensor, before: int, history: Tensor | None, after: int, time: str, space: str) -> bool:
+    """Whether a form here has what is around the clip: history and zeros in front of it, or repeated frames alone."""
+    if space == "reflect" and min(x.shape[-2:]) < 2:  # stock says what is wrong
+        return False
+    if time == "zeros":
+        return after == 0
+    return history is None or (after == 0 and history.shape[2] == before)
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -251,27 +280,31 @@ def conv(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
     Args:
         x: activations; fp16 beside a bf16 weight is allowed, and is computed with fp16 operands.
-        padding: zeros around each frame, (height, width).
-        before: frames in front of a clip, T' = T + before - (kt - 1).
-        history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
+        padding: pixels around each frame, (height, width), that `space` says: one of `bordered.BORDERS`.
+        before: frames in front of a clip and `after` it, T' = T + before + after - (kt - 1); with a `time` of zeros
+            none are after it, with "replicate" its first and last are repeated.
+        history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros, and none
+            are others with "replicate".
         residual: like the result; added in fp32 before the one rounding.
         split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
-    if differentiates(x, weight, bias, history, residual):
-        return reference(
-            x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
-        )
-    tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
+    frames = (before, history, residual, split, after, time, space)
+    tile = None
+    if not differentiates(x, weight, bias, history, residual) and has_form(x, before, history, after, time, space):
+        tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
     if tile is None:
-        return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+        return _vendor(x, weight, bias, padding, *frames)
+    return _launch(x, weight, bias, *frames, tile=tile)
 
 
 def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
@@ -290,21 +323,26 @@ def _vendor(
     history: Tensor | None,
     residual: Tensor | None,
     split: int,
+    after: int,
+    time: str,
+    space: str,
 ) -> Tensor:
-    """The law, with the frames in front put there in one pass."""
+    """The law, with what is around the clip put there in one pass."""
     if history is not None:
         history = history.to(x.dtype)
-    elif x.dim() == 5 and x.shape[2] == 1 and before == weight.shape[2] - 1:
+    elif x.dim() == 5 and x.shape[2] == 1 and before == weight.shape[2] - 1 and time == "zeros":
         before, weight = 0, weight[:, :, -1:]  # behind zeros only the last tap sees anything: a third of the work
-    if before:
-        x = causal_pad(x, (0, 0, 0, 0, before, 0), time="zeros", history=history)
-    return reference(x, weight, bias, padding=padding, residual=residual, split=split)
+    if x.dim() == 5 and (before or after or space != "zeros"):
+        sides = (padding[1], padding[1], padding[0], padding[0]) if space != "zeros" else (0, 0, 0, 0)
+        x = causal_pad(x, (*sides, before, after), time=time, space=space, history=history)
+        padding, space = (padding, space) if space == "zeros" else ((0, 0), "zeros")
+    return reference(x, weight, bias, padding=padding, residual=residual, split=split, space=space)
 
 
 def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
     wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
-    taps = {"KT": 3, "KH": 3, "KB": 9}
+    taps = {"KT": 3, "KH": 3, "KB": 9, "REPEAT": False}
     absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
     more = {"w2": wide.taps("fp16", wide.more)}
@@ -314,7 +352,9 @@ def signatures() -> list[Signature]:
     least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
     all_of_it = {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}
     nothing = {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}
+    repeats = {**nothing, "BEFORE": 2, "REPEAT": True}
     return [
         signature(_conv, pixels | more, all_of_it, warps=wide.warps),
         signature(_conv, least, nothing, warps=plain.warps),
+        signature(_conv, least, repeats, warps=plain.warps),
     ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, next_power_of_2, signature
+from ._dispatch import LazyKernel, Signature, flat_stride, next_power_of_2, signature
+from .bordered import is_picture
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -26,16 +27,9 @@ PROGRAMS = 132 * 8  # one wave of the card, no more: a few programs over it are 
 STEPS = 8  # tiles a program gathers, at least: each writes a partial that is read again
 
 
-@LazyFunction
-def is_picture(pixel, ROW, FRAME, W):
-    """Whether a pixel of a bordered clip, counted from the start of its memory, is none of the border."""
-    pixel = pixel % FRAME
-    return (pixel >= ROW) & (pixel % ROW > 0) & (pixel % ROW <= W)
-
-
 @LazyKernel
 def _moments(
-    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s, ROW, FRAME, W,
+    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s, ROW, FRAME, H, W,
     BORDER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Mean, squared deviations and number of `rows` positions of each channel: Welford in a lane, Chan over lanes."""
@@ -53,7 +47,7 @@ def _moments(
     for first in range(0, limit, ROWS):
         counts = first + row < limit
         if BORDER:
-            counts = counts & is_picture(start + first + row, ROW, FRAME, W)
+            counts = counts & is_picture(start + first + row, ROW, FRAME, H, W)
             count += counts.to(tl.float32)
             share = 1.0 / tl.maximum(count, 1.0)
         else:
@@ -146,9 +140,9 @@ def walk(x: Tensor, per_frame: bool) -> Walk:
     return _walk(x.shape, x.stride(), per_frame)
 
 
-def layout(border: bordered.Geometry | None) -> tuple[int, int, int]:
-    """ROW, FRAME and W of the kernels; unread without a border."""
-    return (0, 1, 0) if border is None else (border.row, border.frame, border.width)
+def layout(border: bordered.Geometry | None) -> tuple[int, int, int, int]:
+    """ROW, FRAME, H and W of the kernels; unread without a border."""
+    return (0, 1, 0, 0) if border is None else (border.row, border.frame, border.height, border.width)
 
 
 def group_statistics(

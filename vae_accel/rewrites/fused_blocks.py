@@ -28,7 +28,14 @@ class FusedBlocks(Rewrite):
 
     name = "fused_blocks"
     tier = Tier.ROUNDING
-    over = ("causal_padding", "single_frame_conv", "folded_upsample", "conv3d_as_conv2d", "fused_norm_act")
+    over = (
+        "causal_padding",
+        "channels_last",
+        "conv3d_as_conv2d",
+        "folded_upsample",
+        "fused_norm_act",
+        "single_frame_conv",
+    )
     lowers = True
 
     compute_dtype: torch.dtype | None = None

@@ -1,0 +1,123 @@
+"""The forwards of causal convolutions that wrap an nn.Conv3d, on the fused convolution.
+
+What surrounds a clip its row says (`families/causal.py`). The wrapper hands the convolution the clip as it is, and by
+keyword what it stands in, which only wrappers here pass: so weights are read inside their own module's call. What ours
+does not do (a gradient, autocast, another dtype, shape or card) goes below in the model's dtype, and a residual is
+added after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_accel.edits import unusable_weight
+from vae_accel.families.causal import ROWS as CAUSAL
+from vae_accel.families.causal import Causal, causal_of, known_as, read
+from vae_accel.families.row import Hand
+from vae_accel.kernels.conv import conv as fused
+from vae_accel.kernels.conv import runs, unsupported
+from vae_accel.kernels.thin_conv import MOST, thin_conv
+from vae_accel.kernels.upsample_conv import upsample_conv
+from vae_accel.rewrite import runs_stock
+
+Around = dict[str, Any]
+
+
+def plain(
+    module: Any,
+    below: Callable[..., Tensor],
+    name: str,
+    hidden_states: Tensor,
+    residual: Tensor | None = None,
+    upsampled: dict[str, Any] | None = None,
+) -> Tensor:
+    """[N, C, T, H, W], plus `residual` [N, C', T, H, W]; `upsampled` is for `upsample` to say."""
+    x = hidden_states
+    if _ours(module.conv, x, residual):
+        row = read(name, module)
+        return module.conv(x, around=_around(module.conv, row, row.pad), residual=residual, upsampled=upsampled)
+    return _added(below(_plain(module.conv, x)), residual)
+
+
+def convolve(
+    conv: Any,
+    below: Callable[..., Tensor],
+    input: Tensor,
+    around: Around | None = None,
+    residual: Tensor | None = None,
+    upsampled: dict[str, Any] | None = None,
+) -> Tensor:
+    """nn.Conv3d's forward; with what is `around`, of a clip that is not padded."""
+    if around is None:
+        return below(input)
+    if upsampled is not None:
+        return upsample_conv(input, conv.weight, conv.bias, space=around["space"], **upsampled)
+    if conv.out_channels <= MOST and around["padding"] == (1, 1) and residual is None:
+        return thin_conv(input, conv.weight, conv.bias, **{k: v for k, v in around.items() if k != "padding"})
+    return fused(input, conv.weight, conv.bias, residual=residual, **around)
+
+
+def upsamples(module: Any, x: Tensor) -> bool:
+    """Whether `module(x, upsampled=...)` convolves `x` as if it had been upsampled."""
+    return _ours(module.conv, x) and unsupported(x, module.conv.weight, (1, 1)) is None
+
+
+def hands(module: nn.Module, name: str) -> tuple[Hand, ...]:
+    """Of the causal convolution `name` in `module`."""
+    wrapper = module.get_submodule(name)
+    return Hand(name, "forward", plain, (known_as(wrapper, CAUSAL),)), Hand(f"{name}.conv", "forward", convolve)
+
+
+def unlike(module: nn.Module) -> str | None:
+    """Why a module is not a convolution for these forwards, or None."""
+    row = causal_of(module)
+    if row is None or not row.conv:
+        return f"{type(module).__name__} is no causal convolution known here"
+    conv: Any = getattr(module, row.conv)
+    if type(conv) is not nn.Conv3d:
+        return f"its convolution is a {type(conv).__name__}"
+    if set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1:
+        return "stride, dilation or groups"
+    w0, w1, h0, h1 = row.pad[:4]
+    twice = any(row.pad[:4]) and (any(conv.padding) or conv.padding_mode != "zeros")
+    if isinstance(conv.padding, str) or conv.padding[0] or (w0, h0) != (w1, h1) or twice:
+        return f"a padding of {row.pad} and of {conv.padding}"
+    if conv.padding_mode not in ("zeros", "reflect"):
+        return f"a padding in mode {conv.padding_mode}"
+    return unusable_weight(conv)
+
+
+def _around(conv: Any, row: Causal, pad: tuple[int, ...]) -> Around:
+    outside = any(pad[:4])
+    return {
+        "padding": (pad[2], pad[0]) if outside else conv.padding[1:],
+        "space": row.space if outside else conv.padding_mode,
+        "before": pad[4],
+        "after": pad[5],
+        "time": row.time,
+    }
+
+
+def _ours(conv: Any, x: Tensor, residual: Tensor | None = None) -> bool:
+    if not isinstance(conv, nn.Conv3d) or x.dim() != 5 or x.shape[1] != conv.in_channels or x.numel() == 0:
+        return False
+    fits = runs(x) and (x.dtype == conv.weight.dtype or _is_half(conv, x))
+    return fits and not runs_stock(x, residual, conv.weight, conv.bias)
+
+
+def _plain(conv: Any, x: Tensor) -> Tensor:
+    """In the model's dtype again where a norm wrote fp16."""
+    return x.bfloat16() if _is_half(conv, x) else x
+
+
+def _is_half(conv: Any, x: Tensor) -> bool:
+    weight = getattr(conv, "weight", None)
+    return x.dtype == torch.float16 and isinstance(weight, Tensor) and weight.dtype == torch.bfloat16
+
+
+def _added(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
