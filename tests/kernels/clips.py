@@ -19,8 +19,8 @@ def weights(channels_out, channels_in, *kernel, device, dtype=torch.float16):
 
 
 def assert_bordered(x, border="zeros"):
-    """Marked, and in all of its memory that is not picture zeros, before, between and behind the frames; or, around each
-    frame, what `F.pad` puts there, where the border is not open."""
+    """Marked, and zeros in all of its memory that is not picture: before, between and behind the frames. Or around each
+    frame what `F.pad` puts there, where a border to be repeated is not open."""
     assert bordered.is_bordered(x) and bordered.geometry(x).border == border
     if border != "zeros":
         if bordered.is_filled(x):

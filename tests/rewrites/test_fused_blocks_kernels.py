@@ -32,9 +32,9 @@ CAUSAL["temperal_downsample"] = [True, True]
 PATCHED: dict[str, Any] = {"decoder_base_dim": 8, "is_residual": True, "in_channels": 12, "out_channels": 12}
 PATCHED |= {"patch_size": 2, "scale_factor_spatial": 8}
 WAN = {**CAUSAL, "scale_factor_spatial": 4}
-REPLICATED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (32, 32, 32), "layers_per_block": 1}
+REPLICATED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (8, 8, 16), "layers_per_block": 1}
 REPLICATED |= {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3}
-REPLICATED |= {"spatial_compression_ratio": 4}
+REPLICATED |= {"spatial_compression_ratio": 4, "norm_num_groups": 4}
 CLIPS = [
     video("wan2.1", "AutoencoderKLWan", 4, (3, 3, 2), (4, 4), config=WAN, causal=True),
     video("wan2.2", "AutoencoderKLWan", 4, (3, 3, 2), (4, 8), config={**WAN, **PATCHED}, causal=True),
