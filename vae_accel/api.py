@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,10 +12,13 @@ from vae_accel import platforms
 from vae_accel import settings as env
 from vae_accel.edits import ledger_of
 from vae_accel.families import roles
-from vae_accel.kernels import tile_choice
+from vae_accel.graphs import ahead
+from vae_accel.graphs.capture import CannotCapture
+from vae_accel.kernels import half_operands, tile_choice
 from vae_accel.platforms import base
 from vae_accel.reports import Report, section
 from vae_accel.rewrites import NAMES
+from vae_accel.rewrites.cuda_graph import graphs_of
 
 T = TypeVar("T")
 
@@ -78,6 +81,41 @@ def paused(target: T) -> Iterator[T]:
                 ledger.redo(module)
 
 
+def warmup(
+    target: T,
+    grids: Sequence[Any] = (),
+    *,
+    budgets: Sequence[int] = (),
+    images: Sequence[tuple[int, int, int]] = (),
+    **options: Any,
+) -> T:
+    """Captures the CUDA graphs of the vision towers ahead of their calls. Returns `target`.
+
+    Told nothing, a tower of packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph
+    for one image of its own size.
+
+    Args:
+        target: a pipeline or an encoder that was optimized with `cuda_graph` on.
+        grids: of packed images: one call each, (t, h, w) in patches or a list of them. Exact: bit for bit.
+        budgets: of packed images: output tokens of buckets, which serve any grids that fit; their padded products are
+            of tier `rounding`.
+        images: of other towers: (batch, height, width) in pixels.
+        options: what the caller passes to the tower besides, e.g. `output_hidden_states=True`, as Qwen-Image-Edit does.
+
+    Raises:
+        ValueError: no tower here has graphs, a graph cannot be captured, or `budgets` where the tier is exact.
+    """
+    towers = [each for _, module, _ in _parts(target) for each in graphs_of(module)]
+    if not towers:
+        raise ValueError(f"cuda_graph is on nowhere in this {type(target).__name__}; report() says why")
+    for tower, below, graphs in towers:
+        try:
+            ahead.warm(tower, below, graphs, tuple(ahead.calls(grids)), budgets, images, options)
+        except CannotCapture as reason:
+            raise ValueError(f"{type(tower).__name__} cannot be captured: {reason}") from reason
+    return target
+
+
 def report(target: Any) -> Report:
     """What was done to each component of a pipeline, or to a module: prints as text, `as_dict()` for JSON."""
     parts = _parts(target)
@@ -94,6 +132,7 @@ def _optimize(parts: list[tuple[str, nn.Module, str]], platform: Any, only: Any,
         raise TypeError(f"platform must be a name or a Platform, not {type(platform).__name__}")
     settings = env.read(NAMES, **options, platform=platform if isinstance(platform, str) else None)
     tile_choice.use(settings.tiles)
+    half_operands.use(settings.half_operands)
     options = {**options, "only": only}
     before = [(module, ledger_of(module)) for _, module, _ in parts]
     ledgers = []

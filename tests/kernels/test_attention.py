@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vae_accel.kernels import attention, wide_head
 from vae_accel.kernels._dispatch import LazyKernel
-from vae_accel.kernels.attention import KEY_TILE, chunks, reference, wide_head_attention
+from vae_accel.kernels.attention import KEY_TILE, reference, wide_head_attention
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 128, 64), (2, 77, 48), (3, 33, 96), (1, 200, 384)]
@@ -115,23 +115,12 @@ def test_a_peak_far_from_a_tile_s_own(device):
     assert_right(wide_head.attend(q, k, v, 1.0), q, k, v, 1.0)
 
 
-@given(st.integers(1, 30), st.integers(1, 5000), st.integers(0, 1 << 20))
-def test_chunks_of_ours_cover_every_row_once(batch, rows, room):
+@given(st.integers(1, 30), st.integers(1, 100000), st.integers(0, 1 << 20))
+def test_chunks_cover_every_row_once(batch, rows, room):
     found = wide_head.chunks(batch, rows, room)
     sizes = [(s.stop - s.start) * (r.stop - r.start) for s, r in found]
     assert sum(sizes) == batch * rows and len(set(map(str, found))) == len(found)
     assert max(sizes) <= max(room, min(rows, wide_head.ROWS))
-
-
-@given(st.integers(1, 30), st.integers(1, 100000), st.integers(1, 100000), st.integers(1, 1 << 31))
-def test_chunks_cover_every_row_once_within_the_budget(batch, length, keys, budget):
-    found = chunks(batch, length, keys, budget)
-    area = 0
-    for samples, rows in found:
-        size = (samples.stop - samples.start) * (rows.stop - rows.start)
-        assert 4 * size * keys <= max(budget, 4 * keys * min(length, attention.ROW_TILE))
-        area += size
-    assert area == batch * length and len(set(map(str, found))) == len(found)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

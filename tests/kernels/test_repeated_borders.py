@@ -134,6 +134,29 @@ def test_what_a_norm_wrote_is_read_in_place(device):
     assert_close(out, conv.reference(y.double(), second.double(), None, residual=middle.double(), **around))
 
 
+@pytest.mark.parametrize("space", bordered.BORDERS)
+@pytest.mark.parametrize("double", [None, False, True], ids=["conv", "upsampled", "doubled"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("level", [0, 100])
+def test_the_statistics_of_a_whole_clip_come_with_it(device, monkeypatch, space, double, batch, level):
+    """Of all frames of a sample and of no pixel of the border, whatever it holds."""
+    if double is not None and space != "replicate":
+        pytest.skip("upsampled clips are replicated")
+    x, (weight, bias) = normal(batch, 8, 3, 5, 7, device=device), weights(64, 8, 3, 3, 3, device=device)
+    bias = bias + level
+    with torch.inference_mode():
+        if double is None:
+            y = conv.conv(x, weight, bias, padding=(1, 1), before=2, time="replicate", space=space, statistics=True)
+        else:
+            y = upsample_conv.upsample_conv(x, weight, bias, double=double, space=space, statistics=True)
+        read = group_norm_act.group_norm_act(y.clone(), 8, None, None, 1e-6, act=True)
+        monkeypatch.setattr(group_norm_act, "group_statistics", None)  # nothing is read for them
+        found = group_norm_act.group_norm_act(y, 8, None, None, 1e-6, act=True)
+    assert_bordered(found, space)
+    assert_close(found, group_norm_act.reference(y.double(), 8, None, None, 1e-6, act=True))
+    torch.testing.assert_close(found, read, rtol=0, atol=4e-3)
+
+
 @pytest.mark.parametrize("given", bordered.BORDERS)
 @pytest.mark.parametrize("space", bordered.BORDERS)
 def test_a_clip_in_another_border_is_laid_out_anew(device, given, space):

@@ -11,13 +11,12 @@ from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized, outcome_of
 from tests.snapshots import assert_identical, snapshot
 from tests.subjects import plan
 from tests.tiny import Tiny, video
 from tests.vaes import TABLE
 from vae_accel import api
-from vae_accel.edits import ledger_of
 from vae_accel.families import clip_conv, hunyuan_video
 from vae_accel.families.blocks import block_of
 from vae_accel.metrics import rms_error
@@ -91,7 +90,7 @@ def watched(module: nn.Module) -> list[Any]:
 @torch.inference_mode()
 def test_every_block_is_taken_and_no_convolution_is_given_a_padded_clip(case: Tiny) -> None:
     vae: Any = optimized(case.build(dtype=torch.bfloat16))
-    outcome = ledger_of(vae).outcomes[-1]
+    outcome = outcome_of(vae)
     assert not outcome.refused
     given = {}
     for path, module in vae.named_modules():

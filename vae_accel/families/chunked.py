@@ -42,7 +42,7 @@ def decoded(vae: Any, z: Tensor, step: int) -> Iterator[Tensor]:
     """The frames `[N, C, t, H, W]` of latents `z` `[N, Z, T, h, w]`, finished, one step after the other.
 
     With slicing on, the samples of a batch go through each step one by one. A single latent leaves no frames for a next
-    step: they would be kept till its end, 2.6 of the 4.8 GiB of a Qwen-Image decode at 1328x1328.
+    step: they would be kept till its end, 3.2 of the 4.8 GiB of a Qwen-Image decode at 1328x1328.
     """
     samples = z.split(1) if vae.use_slicing else (z,)
     alone = z.shape[2] == 1

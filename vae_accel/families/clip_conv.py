@@ -19,7 +19,7 @@ from vae_accel.families.causal import ROWS as CAUSAL
 from vae_accel.families.causal import Causal, causal_of, known_as, read
 from vae_accel.families.row import Hand
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import runs, unsupported
+from vae_accel.kernels.eligible import runs, unsupported
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
@@ -46,19 +46,23 @@ def plain(
 def convolve(
     conv: Any,
     below: Callable[..., Tensor],
+    normed: bool,
     input: Tensor,
     around: Around | None = None,
     residual: Tensor | None = None,
     upsampled: dict[str, Any] | None = None,
 ) -> Tensor:
-    """nn.Conv3d's forward; with what is `around`, of a clip that is not padded."""
+    """nn.Conv3d's forward; with what is `around`, of a clip that is not padded.
+
+    `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
+    """
     if around is None:
         return below(input)
     if upsampled is not None:
-        return upsample_conv(input, conv.weight, conv.bias, space=around["space"], **upsampled)
+        return upsample_conv(input, conv.weight, conv.bias, space=around["space"], statistics=normed, **upsampled)
     if conv.out_channels <= MOST and around["padding"] == (1, 1) and residual is None:
         return thin_conv(input, conv.weight, conv.bias, **{k: v for k, v in around.items() if k != "padding"})
-    return fused(input, conv.weight, conv.bias, residual=residual, **around)
+    return fused(input, conv.weight, conv.bias, residual=residual, statistics=normed, **around)
 
 
 def upsamples(module: Any, x: Tensor) -> bool:
@@ -66,10 +70,10 @@ def upsamples(module: Any, x: Tensor) -> bool:
     return _ours(module.conv, x) and unsupported(x, module.conv.weight, (1, 1)) is None
 
 
-def hands(module: nn.Module, name: str) -> tuple[Hand, ...]:
-    """Of the causal convolution `name` in `module`."""
-    wrapper = module.get_submodule(name)
-    return Hand(name, "forward", plain, (known_as(wrapper, CAUSAL),)), Hand(f"{name}.conv", "forward", convolve)
+def hands(module: nn.Module, name: str, normed: bool = False) -> tuple[Hand, ...]:
+    """Of the causal convolution `name` in `module`; `normed` as in `convolve`."""
+    known = known_as(module.get_submodule(name), CAUSAL)
+    return Hand(name, "forward", plain, (known,)), Hand(f"{name}.conv", "forward", convolve, (normed,))
 
 
 def unlike(module: nn.Module) -> str | None:

@@ -27,7 +27,6 @@ tl: Any = None  # triton.language, bound at the first launch
 
 FUSED = 256  # channels of the widest head of every fused kernel of `scaled_dot_product_attention`
 BUDGET = 256 << 20  # bytes of fp32 logits at a time: 1.7 ms at 16384 pixels of 512 channels, 6.3 with 32 MiB
-ROW_TILE = 128  # query rows of a GEMM tile: a chunk is a multiple
 KEY_TILE = 64  # keys are padded to a multiple: GEMMs want rows of logits that start at multiples of 16 bytes
 ROW_BLOCK = 16384  # logits of a row that one program holds; longer rows are read twice
 
@@ -68,21 +67,6 @@ def _exponentials(logits, out, sums, L, span, SCALE: tl.constexpr, FITS: tl.cons
         tl.store(sums + row, tl.sum(total, 0))
 
 
-def chunks(batch: int, length: int, keys: int, budget: int = BUDGET) -> list[tuple[slice, slice]]:
-    """Samples and query rows to take together, so that their fp32 logits stay within `budget` bytes.
-
-    Whole samples where one fits, else rows of one sample; never fewer rows than a GEMM tile has.
-    """
-    rows = budget // (4 * keys)
-    samples = max(1, rows // length)
-    rows = length if rows >= length else max(rows // ROW_TILE, 1) * ROW_TILE
-    return [
-        (slice(b, min(b + samples, batch)), slice(r, min(r + rows, length)))
-        for b in range(0, batch, samples)
-        for r in range(0, length, rows)
-    ]
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """`[B, M, K] @ [B, K, N]` of 16 bits, summed and kept in fp32: on CUDA from torch 2.8, else of fp32 copies."""
     if a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype"):
@@ -98,7 +82,7 @@ def _in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int = BUDG
     k, v = (F.pad(t, (0, 0, 0, span - keys)) for t in (k, v))
     block = min(next_power_of_2(span), ROW_BLOCK)
     warps = max(1, min(16, block // 512))
-    for samples, rows in chunks(batch, length, keys, budget):
+    for samples, rows in wide_head.chunks(batch, length, budget // (4 * keys)):
         logits = _product(q[samples, rows], k[samples].mT)
         powers = torch.empty(logits.shape, dtype=v.dtype, device=v.device)
         sums = torch.empty((*logits.shape[:2], 1), dtype=torch.float32, device=q.device)

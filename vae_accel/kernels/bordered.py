@@ -15,11 +15,12 @@ memory of 480 x 832 pixels).
 
 To everything else a bordered clip is a strided tensor `[N, C, T, H, W]` or `[N, C, H, W]`. What its border holds is
 known by a mark on the tensor object, which no view and no result of another operation inherits. An operation in place
-leaves zeros as they are; a repeated border is open after it, which tensors of `torch.inference_mode` cannot tell.
+leaves zeros as they are; a repeated border is open after it.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -113,22 +114,26 @@ def is_bordered(x: Tensor) -> bool:
 def is_filled(x: Tensor) -> bool:
     """Whether the border of a bordered clip holds what it is to hold."""
     mark: _Mark = getattr(x, _MARK)
-    return mark.border == "zeros" or mark.version == _version(x)
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return mark.border == "zeros" or mark.version == x._version
 
 
 def empty(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, border: str = "zeros"
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    border: str = "zeros",
+    *,
+    versions: bool = False,
 ) -> Tensor:
-    """A bordered clip. Of zeros, those before the first picture are there and all else is for the caller to write;
-    a border to be repeated is open."""
+    """A bordered clip of which nothing is written: zeros around it are the caller's to write too, a repeated border is
+    open.
+
+    With `versions` it counts them also when it is made in inference mode, so that a write can be seen; a clip whose
+    border is repeated always does.
+    """
     place = _geometry(shape, border)
-    pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
-    if border == "zeros":
-        pixels[: place.first].zero_()
+    with torch.inference_mode(False) if versions or border != "zeros" else nullcontext():
+        pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
     return view(pixels, shape, border)
 
 
@@ -140,7 +145,7 @@ def view(pixels: Tensor, shape: tuple[int, ...] | torch.Size, border: str = "zer
     time = (frame,) if len(shape) == 5 else ()
     strides = (shape[2] * frame if time else frame, 1, *time, row, channels)
     x = pixels.as_strided(tuple(shape), strides, pixels.storage_offset() + place.first * channels)
-    setattr(x, _MARK, _Mark(pixels, border, _version(x) if filled else None))
+    setattr(x, _MARK, _Mark(pixels, border, x._version if filled and border != "zeros" else None))
     return x
 
 
@@ -155,7 +160,7 @@ def bordered(x: Tensor, dtype: torch.dtype | None = None, border: str = "zeros")
     x = laid_out(x, dtype, border)
     if not is_filled(x):
         _fill(pixels_of(x), geometry(x))
-        setattr(x, _MARK, _Mark(pixels_of(x), border, _version(x)))
+        setattr(x, _MARK, _Mark(pixels_of(x), border, x._version))
     return x
 
 
@@ -164,13 +169,10 @@ def laid_out(x: Tensor, dtype: torch.dtype | None = None, border: str = "zeros")
     dtype = dtype or x.dtype
     if is_bordered(x) and x.dtype == dtype and geometry(x).border == border:
         return x
-    place = _geometry(x.shape, border)
-    pixels = torch.empty((place.pixels, x.shape[1]), dtype=dtype, device=x.device)
+    out = empty(x.shape, dtype, x.device, border)
     if border == "zeros":
-        clear_border(pixels, place)
-    out = view(pixels, x.shape, border)
-    out.copy_(x)
-    return out
+        clear_border(pixels_of(out), geometry(out))
+    return out.copy_(x)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -202,8 +204,7 @@ def last_frames(x: Tensor, count: int) -> Tensor:
     """A bordered copy of the last `count` frames of a bordered `[N, C, T, H, W]`."""
     n, c, t, h, w = x.shape
     shape, place = (n, c, count, h, w), geometry(x)
-    pixels = torch.empty((place._replace(frames=n * count).pixels, c), dtype=x.dtype, device=x.device)
-    source = pixels_of(x)
+    pixels, source = pixels_of(empty(shape, x.dtype, x.device, place.border)), pixels_of(x)
     if n == 1:
         pixels.copy_(source[(t - count) * place.frame :])
         return view(pixels, shape, place.border, filled=is_filled(x))

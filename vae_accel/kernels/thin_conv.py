@@ -15,7 +15,10 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import conv, has_form, unsupported
+from .conv import conv
+from .conv_law import has_form
+from .eligible import unsupported
+from .half_operands import scaled
 from .tile_choice import choose
 from .tile_io import block_of, rows_of
 from .tiles import Tile, key_of
@@ -59,7 +62,7 @@ def _products(
 
 @lazy_kernel(alike="total frames H W ROW FRAME")
 def _gather(
-    y, bias, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
+    y, bias, unit, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """`y` [frames, COLS, FRAME] to `out` [N, O, T, H, W] with T * H * W = total."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -71,12 +74,14 @@ def _gather(
     plane = (n * frames + t).to(tl.int64) * COLS
     for o in tl.static_range(O):
         value = tl.full([BLOCK], 0, tl.float32)
-        if bias is not None:
-            value += tl.load(bias + o).to(tl.float32)
         for tap in tl.static_range(9):
             pixel = (h + tap // 3) * ROW + w + tap % 3
             # Below the last row may be the next frame's zeros, of which this frame's planes hold nothing.
             value += tl.load(y + (plane + tap * O + o) * FRAME + pixel, mask=inside & (pixel < FRAME), other=0)
+        if unit is not None:
+            value *= tl.load(unit)
+        if bias is not None:
+            value += tl.load(bias + o).to(tl.float32)
         target = out + (n * O + o).to(tl.int64) * total + item
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
@@ -116,7 +121,9 @@ def thin_conv(
     if tile is None:
         around: dict[str, Any] = {"before": before, "history": history, "after": after, "time": time, "space": space}
         return conv(x, weight, bias, padding=(1, 1), **around)
-    columns, depth = tile.cols, tile.depth
+    columns, depth, unit = tile.cols, tile.depth, None
+    if x.dtype == torch.float32:
+        x, history, weight, unit = scaled(x, history, weight)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x, border=space)
@@ -139,7 +146,7 @@ def thin_conv(
             KB=matrix.shape[1] // (kt * depth), **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
         _gather[-(-total // 512), n](
-            y, bias, out, total, frames // n, place.height, place.width, place.row, place.frame,
+            y, bias, unit, out, total, frames // n, place.height, place.width, place.row, place.frame,
             COLS=columns, O=o, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return out
@@ -148,9 +155,11 @@ def thin_conv(
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(96, 3)
+    gathered = {"COLS": tile.cols, "O": 3, "BLOCK": 512}
     taps = {"BEFORE": 2, "REPEAT": False, "KT": 3, "KB": 3}
     products = {"x": tile.pixels("fp16"), "history": tile.pixels("fp16"), "w": tile.taps("fp16"), "out": "fp32"}
     return [
         signature(_products, products, {**taps, **tile.constexprs()}, warps=tile.warps),
-        signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"COLS": tile.cols, "O": 3, "BLOCK": 512}),
+        signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"unit": None, **gathered}),
+        signature(_gather, dict.fromkeys(("y", "bias", "unit", "out"), "fp32"), gathered),
     ]

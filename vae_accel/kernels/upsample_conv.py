@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import reference as conv_reference
-from .conv import unsupported
+from .conv_law import reference as conv_reference
+from .eligible import unsupported
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
+from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import begin, block_of, rows_of
+from .tile_io import add, begin, block_of, clear_head, gather_moments, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -66,16 +68,20 @@ def _fold(
     tl.store(out + item, value.to(out.dtype.element_ty), mask=item < total)
 
 
-@lazy_kernel(alike="frames T H W ROW FRAME ROWS_OUT tiles_n")
+@lazy_kernel(alike="frames T H W ROW FRAME FRAME_OUT tiles_n units chunks border")
 def _upsample_conv(
-    x, w, bias, out, frames, T, H, W, ROW, FRAME, ROWS_OUT, O, tiles_n,
-    KT: tl.constexpr, DOUBLE: tl.constexpr, KB: tl.constexpr,
+    x, w, bias, unit, out, partials,
+    frames, T, H, W, ROW, FRAME, FRAME_OUT, O, tiles_n, units, chunks, border,
+    NEIGHBOURS: tl.constexpr, KT: tl.constexpr, DOUBLE: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [phases O, KT 2 KB DEPTH]. `out`: its pixels.
 
-    A sample has T frames of `x`, the first of which stands in front of itself; a frame of `out` ROWS_OUT rows.
+    A sample has T frames of `x`, the first of which stands in front of itself. Of the border, the pixel behind each row
+    of the small picture and the row below it are zeros that go where theirs would: to the right of the large one, and
+    in front of its next row and frame.
     """
+    clear_head(out, border, 4 * ROWS)
     PHASES: tl.constexpr = 8 if DOUBLE else 4
     pid = tl.program_id(0)
     n0 = (pid % tiles_n) * COLS
@@ -86,28 +92,38 @@ def _upsample_conv(
     b = phase % 2
     t = f % T
     g = f
-    steps = KT * 2 * KB
+    count = frames
+    exists = True
     if DOUBLE:
         g = f // T * (2 * T - 1) + 2 * t - 1 + phase // 4
-        steps = tl.minimum(2 * t + phase // 4, 1) * steps  # none of the frame before the first
-    acc = begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
+        count = frames // T * (2 * T - 1)
+        exists = 2 * t + phase // 4 > 0  # there is no frame between the first and itself
+    acc = begin(None if unit is not None else bias, None, f, o0, n0, n0, O, ROWS, COLS)
     first = f * FRAME + o0 + a * ROW + b
-    for i in tl.range(0, steps, num_stages=STAGES):
+    for i in tl.range(0, KT * 2 * KB, num_stages=STAGES):
         s = 0
         if KT > 1:
             s = tl.maximum(i // (2 * KB) - (KT - 1), -t)
         pixels = x.load([first + s * FRAME + i // KB % 2 * ROW, i % KB * DEPTH])
         acc = tl.dot(pixels, w.load([phase * O + n0, i * DEPTH]).T, acc)
+    if unit is not None:
+        acc = add(acc, unit, bias, None, f, o0, n0, n0, O, ROWS, COLS)
     pixel = o0 + tl.arange(0, ROWS)
     h = pixel // ROW
     v = pixel % ROW
     col = n0 + tl.arange(0, COLS)
     wide = 2 * W + 2
-    target = (g * ROWS_OUT + 2 * h + a + 1).to(tl.int64) * wide + 2 * v + b + 1
-    mask = ((h < H) & (v < W))[:, None] & (col < O)[None, :]
-    if DOUBLE:
-        mask = mask & (2 * t + phase // 4 > 0)
-    tl.store(out + target[:, None] * O + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    target = g.to(tl.int64) * FRAME_OUT + (2 * h + a + 1) * wide + 2 * v + b + 1
+    inside = (h < H) & (v < W)
+    value = tl.where(inside[:, None], acc, 0.0).to(out.dtype.element_ty)
+    written = (h + a <= H) & (v <= W) & exists
+    tl.store(out + target[:, None] * O + col[None, :], value, mask=written[:, None] & (col < O)[None, :])
+    if partials is not None:  # noqa: SIM102 - settled when compiling, the inner one when running
+        if exists:
+            gather_moments(
+                partials, value, inside, g, count, o0 // ROWS * 4 + phase % 4, chunks, n0, O, units,
+                NEIGHBOURS, ROWS, COLS,
+            )  # fmt: skip
 
 
 def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int, double: bool = False) -> Tensor:
@@ -141,58 +157,75 @@ def _launch(
     *,
     double: bool = False,
     space: str = "zeros",
+    statistics: bool = False,
 ) -> Tensor:
     channels_out = weight.shape[0]
     tile = tile or tile_of(x.shape[1], channels_out)
+    unit = None
+    if x.dtype == torch.float32:
+        x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x, border=space)
     place = bordered.geometry(x)
     time = x.shape[2:-2].numel()
     frames = ((2 * time - 1 if double else time),) if x.dim() == 5 else ()
     shape = (x.shape[0], channels_out, *frames, 2 * place.height, 2 * place.width)
-    out = bordered.empty(shape, weight.dtype, x.device, space)
-    pixels, wide = bordered.pixels_of(out), bordered.geometry(out)
-    if space == "zeros":
-        bordered.clear_border(pixels, wide)
+    out = bordered.empty(shape, weight.dtype, x.device, space, versions=statistics)
+    wide = bordered.geometry(out)
     matrix = folded_taps(weight, x.dtype, tile.depth, double)
     kt = 1 if weight.dim() == 4 else 2 if double else 3
-    tiles_n = -(-channels_out // tile.cols)
-    programs = tiles_n * (8 if double else 4) * place.frames * -(-place.height * place.row // tile.rows)
+    tiles_n, tiles = -(-channels_out // tile.cols), -(-place.frame // tile.rows)
+    partials = empty_partials(out, 4 * tiles) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * kt * weight.shape[1], 0)
     with torch.cuda.device_of(x):
-        _upsample_conv[(programs,)](
-            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, place.frames, time, place.height,
-            place.width, place.row, place.frame, wide.frame // wide.row, channels_out, tiles_n,
-            KT=kt, DOUBLE=double, KB=matrix.shape[1] // (2 * kt * tile.depth), **tile.constexprs(),
-            num_warps=tile.warps,
+        _upsample_conv[(tiles_n * (8 if double else 4) * place.frames * tiles,)](
+            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, unit, bordered.pixels_of(out), partials,
+            place.frames, time, place.height, place.width, place.row, place.frame, wide.frame, channels_out, tiles_n,
+            *layout_of(partials), wide.first * channels_out,
+            NEIGHBOURS=neighbours_of(channels_out), KT=kt, DOUBLE=double, KB=matrix.shape[1] // (2 * kt * tile.depth),
+            **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
+    if partials is not None:
+        note(out, partials)
     return out
 
 
 def upsample_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, double: bool = False, space: str = "zeros"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    double: bool = False,
+    space: str = "zeros",
+    statistics: bool = False,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` upsampled 2x by nearest and convolved by `[O, I, 3, 3]`, frame by frame, or by
     `[O, I, 3, 3, 3]` behind the first frame twice; around each frame one pixel that `space` says, zeros or "replicate".
 
     The result `[N, O, (T,) 2H, 2W]` of our kernel is bordered; of the vendor's, as the vendor leaves it. With `double`,
-    for which a kernel has taps in time, every frame but the first is doubled before: 2T - 1 frames.
+    for which a kernel has taps in time, every frame but the first is doubled before: 2T - 1 frames. With `statistics`
+    our kernel notes those of a GroupNorm of each frame beside it.
     """
     more: dict[str, Any] = {"double": double, "space": space}
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias, **more)
     tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
-    return reference(x, weight, bias, **more) if tile is None else _launch(x, weight, bias, tile, **more)
+    if tile is None:
+        return reference(x, weight, bias, **more)
+    return _launch(x, weight, bias, tile, statistics=statistics, **more)
 
 
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(192, 96)
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "out": "bf16"}
+    operands = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "partials": "fp32"}
+    constants = {"NEIGHBOURS": 2, "KT": 1, "DOUBLE": False, "KB": 6, **tile.constexprs()}
+    of_bf16, of_fp32 = ({**operands, "bias": dtype, "out": dtype} for dtype in ("bf16", "fp32"))
     fold = {"weight": "bf16", "out": "fp16"}
-    each, double = {"KT": 1, "DOUBLE": False, "KB": 6}, {"KT": 2, "DOUBLE": True, "KB": 6}
     return [
         signature(_fold, fold, {"TAPS": 1, "KT": 1, "BLOCK": 1024}),
         signature(_fold, fold, {"TAPS": 3, "KT": 2, "BLOCK": 1024}),
-        *(signature(_upsample_conv, convolution, {**k, **tile.constexprs()}, warps=tile.warps) for k in (each, double)),
+        signature(_upsample_conv, of_bf16, {**constants, "unit": None}, warps=tile.warps),
+        signature(_upsample_conv, of_bf16, {**constants, "unit": None, "KT": 2, "DOUBLE": True}, warps=tile.warps),
+        signature(_upsample_conv, {**of_fp32, "unit": "fp32"}, constants, warps=tile.warps),
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import Signature, descriptor, lazy_kernel, signature
-from .conv import measured_on
+from .eligible import measured_on
 from .tile_io import descriptor_of
 
 tl: Any = None  # triton.language, bound at the first launch

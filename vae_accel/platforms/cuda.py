@@ -5,6 +5,7 @@ from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.causal_padding import CausalPadding
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
@@ -28,10 +29,12 @@ class Cuda(Platform):
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "on", "results"),
         Step(HalfDecode(), "off", OPT_IN),
-        Step(FusedBlocks(), "on", "results of Qwen-Image; Wan and AutoencoderKL so far by script (README.md)"),
+        Step(FusedBlocks(), "on", "results"),
+        Step(CudaGraph(names=HALVES), "on", "results"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),
         Step(PatchEmbedAsLinear(), "on", "results"),
         Step(BilinearPosEmbed(), "on", "results"),
+        Step(CudaGraph(), "on", "results"),
     )

@@ -5,6 +5,7 @@ from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.causal_padding import CausalPadding
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
@@ -35,4 +36,5 @@ class Rocm(Platform):
         Step(NativeReshape(), "off", UNMEASURED),
         Step(PatchEmbedAsLinear(), "off", UNMEASURED),
         Step(BilinearPosEmbed(), "off", UNMEASURED),
+        Step(CudaGraph(), "off", f"{UNMEASURED}: graphs of HIP"),
     )

@@ -14,4 +14,5 @@ NAMES = (
     "fused_blocks",
     "math_attention",
     "half_decode",
+    "cuda_graph",
 )

@@ -69,7 +69,7 @@ def forward(tower: nn.Module, below: Callable[..., Any], row: PositionTable, *ar
     grid = _grid(tower, row, thw, projection.weight.dtype)
     if grid is None:
         return below(*args, **kwargs)
-    one = torch.ones((1, 1), dtype=torch.bool, device=thw.device)
+    one = torch.ones((1, 1), dtype=torch.bool, device=projection.weight.device)  # the grid may be on the host
     return below(*args, **kwargs, interp_indices=grid, interp_weights=one)
 
 
