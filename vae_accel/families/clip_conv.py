@@ -20,6 +20,7 @@ from vae_accel.families.causal import Causal, causal_of, known_as, read
 from vae_accel.families.row import Hand
 from vae_accel.kernels.conv import conv as fused
 from vae_accel.kernels.eligible import runs, unsupported
+from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
@@ -115,12 +116,12 @@ def _ours(conv: Any, x: Tensor, residual: Tensor | None = None) -> bool:
 
 def _plain(conv: Any, x: Tensor) -> Tensor:
     """In the model's dtype again where a norm wrote fp16."""
-    return x.bfloat16() if _is_half(conv, x) else x
+    return x.to(conv.weight.dtype) if _is_half(conv, x) else x
 
 
 def _is_half(conv: Any, x: Tensor) -> bool:
     weight = getattr(conv, "weight", None)
-    return x.dtype == torch.float16 and isinstance(weight, Tensor) and weight.dtype == torch.bfloat16
+    return x.dtype == torch.float16 and isinstance(weight, Tensor) and weight.dtype in HALVED
 
 
 def _added(y: Tensor, residual: Tensor | None) -> Tensor:
