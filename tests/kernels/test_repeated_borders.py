@@ -112,6 +112,23 @@ def test_frames_kept_stand_where_the_first_would(device):
     compare(device, (1, 8, 1, 4, 5), 16, (3, 3, 3), (2, 0), "replicate", "zeros", kept=2)
 
 
+@pytest.mark.parametrize("around", AROUND)
+def test_one_frame_is_multiplied_once_by_the_sum_of_its_taps(device, monkeypatch, around):
+    """In fp16 beside bf16: the sum is formed in fp32, and nothing else is rounded that was not."""
+    shapes, matrix = [], conv.weight_matrix
+    monkeypatch.setattr(conv, "weight_matrix", lambda w, *args: shapes.append(w.shape[2:]) or matrix(w, *args))
+    x = normal(2, 24, 1, 5, 7, device=device)
+    weight, bias = weights(40, 24, 3, 3, 3, device=device, dtype=torch.bfloat16)
+    before, after = AROUND[around]
+    options = {"padding": (1, 1), "before": before, "after": after, "time": "replicate", "space": "replicate"}
+    out = conv.conv(x, weight, bias, **options)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, conv.reference(x.double(), weight.double(), bias.double(), **options))
+    conv.conv(x, weight.half(), bias.half(), **options)
+    conv.conv(x, weight, bias, **{**options, "time": "zeros", "before": 2, "after": 0})
+    assert [tuple(shape) for shape in shapes] == [(1, 3, 3), (3, 3, 3), (3, 3, 3)]
+
+
 @few
 @given(data=st.data())
 def test_any_shape(device, data):

@@ -18,6 +18,7 @@ from vae_accel.edits import unusable_weight
 from vae_accel.families.causal import ROWS as CAUSAL
 from vae_accel.families.causal import Causal, causal_of, known_as, read
 from vae_accel.families.row import Hand
+from vae_accel.kernels.bordered import is_bordered
 from vae_accel.kernels.conv import conv as fused
 from vae_accel.kernels.eligible import runs, unsupported
 from vae_accel.kernels.half_operands import HALVED
@@ -66,6 +67,13 @@ def convolve(
     return fused(input, conv.weight, conv.bias, residual=residual, statistics=normed, **around)
 
 
+def pointwise(conv: Any, below: Callable[..., Tensor], input: Tensor) -> Tensor:
+    """nn.Conv3d's forward with a kernel of one pixel, of a bordered clip [N, C, T, H, W]: bordered as it is."""
+    if is_bordered(input) and _ours(conv, input):
+        return fused(input, conv.weight, conv.bias)
+    return below(input)
+
+
 def upsamples(module: Any, x: Tensor) -> bool:
     """Whether `module(x, upsampled=...)` convolves `x` as if it had been upsampled."""
     return _ours(module.conv, x) and unsupported(x, module.conv.weight, (1, 1)) is None
@@ -85,8 +93,8 @@ def unlike(module: nn.Module) -> str | None:
     conv: Any = getattr(module, row.conv)
     if type(conv) is not nn.Conv3d:
         return f"its convolution is a {type(conv).__name__}"
-    if set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1:
-        return "stride, dilation or groups"
+    if reason := _uneven(conv):
+        return reason
     w0, w1, h0, h1 = row.pad[:4]
     twice = any(row.pad[:4]) and (any(conv.padding) or conv.padding_mode != "zeros")
     if isinstance(conv.padding, str) or conv.padding[0] or (w0, h0) != (w1, h1) or twice:
@@ -94,6 +102,20 @@ def unlike(module: nn.Module) -> str | None:
     if conv.padding_mode not in ("zeros", "reflect"):
         return f"a padding in mode {conv.padding_mode}"
     return unusable_weight(conv)
+
+
+def unlike_pointwise(conv: Any) -> str | None:
+    """Why a module is not one for `pointwise`, or None."""
+    if type(conv) is not nn.Conv3d:
+        return f"{type(conv).__name__} is no Conv3d"
+    if conv.kernel_size != (1, 1, 1) or conv.padding != (0, 0, 0):
+        return f"a kernel of {conv.kernel_size} with a padding of {conv.padding}"
+    return _uneven(conv) or unusable_weight(conv)
+
+
+def _uneven(conv: nn.Conv3d) -> str | None:
+    even = set(conv.stride) == {1} and set(conv.dilation) == {1} and conv.groups == 1
+    return None if even else "stride, dilation or groups"
 
 
 def _around(conv: Any, row: Causal, pad: tuple[int, ...]) -> Around:

@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vae_accel.families import clip_conv
+from vae_accel.families.frames_attend import attend_to_earlier
 from vae_accel.families.kl import NORMED, is_stock, reach, residual_block
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
-from vae_accel.families.wan import attend
 from vae_accel.rewrite import runs_stock
 
 
@@ -44,12 +43,10 @@ def mid_block(block: Any, below: Callable[..., Tensor], hidden_states: Tensor) -
 
 
 def _attended(attn: Any, x: Tensor) -> Tensor:
-    """What `attn` does to [N, C, T, H, W] under the mask of stock: the rows of a frame have the same keys."""
+    """What `attn` does to [N, C, T, H, W] under the mask of stock."""
     tokens = attn.group_norm(x).permute(0, 2, 3, 4, 1).flatten(1, 3)
     q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-    frame = x.shape[3] * x.shape[4]
-    ends = range(frame, q.shape[1] + 1, frame)
-    y = torch.cat([attend(q[:, end - frame : end], k[:, :end], v[:, :end]) for end in ends], 1)
+    y = attend_to_earlier(q, k, v, x.shape[2])
     for layer in attn.to_out:
         y = layer(y)
     return y.unflatten(1, x.shape[2:]).permute(0, 4, 1, 2, 3) + x

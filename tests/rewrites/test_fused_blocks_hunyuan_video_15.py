@@ -1,0 +1,173 @@
+"""Blocks of HunyuanVideo 1.5, and of HunyuanImage's refiner, on the fused convolution: stock's clips and shuffles."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers.models.autoencoders import autoencoder_kl_hunyuanvideo15 as hv
+from torch import Tensor, nn
+
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized, outcome_of
+from tests.snapshots import assert_identical, snapshot
+from tests.tiny import Tiny
+from tests.vaes import TABLE
+from vae_accel import api
+from vae_accel.families.blocks import block_of
+from vae_accel.kernels import bordered
+from vae_accel.metrics import rms_error
+from vae_accel.platforms import base
+from vae_accel.workloads.weights import randomise
+
+CASES = [case for case in TABLE if case.id in ("hunyuan-video-1.5", "hunyuan-image-refiner")]
+VIDEO = CASES[0]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def clip(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def randomised(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    return randomise(module, dtype=dtype, device="cpu").requires_grad_(False)
+
+
+def plain(case: Tiny, vae: Any) -> list[Tensor]:
+    return [case.decode(vae, case.latent("ramp").double()), case.encode(vae, case.pixels("ramp").double())]
+
+
+def single(case: Tiny, vae: Any) -> list[Tensor]:
+    pixels = case.pixels()[:, :, :1].double()
+    return [case.decode(vae, case.single_frame_latent().double()), case.encode(vae, pixels)]
+
+
+def pair(case: Tiny, vae: Any) -> list[Tensor]:
+    return [case.decode(vae, case.latent(batch=2).double()), case.encode(vae, case.pixels(batch=2).double())]
+
+
+def odd(case: Tiny, vae: Any) -> list[Tensor]:
+    frames = 2 if case is VIDEO else 1
+    return [case.decode(vae, clip(1, 8, frames, 3, 1)), case.encode(vae, clip(1, 3, 4 * frames - 3, 48, 16))]
+
+
+def tiled(case: Tiny, vae: Any) -> list[Tensor]:
+    return plain(case, case.tile(vae))
+
+
+@each_case
+@pytest.mark.parametrize("steps", [ALONE, NORMS, BESIDE], ids=["alone", "norms", "beside"])
+@pytest.mark.parametrize("run", [plain, single, pair, odd, tiled], ids=lambda run: run.__name__)
+@torch.inference_mode()
+def test_whole_clips_are_those_of_stock(case: Tiny, steps: base.Platform, run: Any) -> None:
+    if (run is pair and not case.batch) or (run is tiled and not case.tiling):
+        pytest.skip("stock cannot")
+    stock, ours = (case.build(dtype=torch.float64) for _ in range(2))
+    for actual, expected in zip(run(case, optimized(ours, steps)), run(case, stock), strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype == torch.float64
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+@each_case
+def test_every_block_is_taken(case: Tiny) -> None:
+    vae: Any = optimized(case.build(dtype=torch.bfloat16))
+    outcome = outcome_of(vae)
+    assert not outcome.refused
+    for path, module in vae.named_modules():
+        if type(module).__name__.endswith(("ResnetBlock", "Upsample", "Downsample", "DCAE", "15AttnBlock")):
+            assert path in outcome.taken
+        if type(module).__name__.endswith("ResnetBlock"):
+            (hand,) = (h for h in block_of(module).hands if h.path == "")
+            assert hand.facts == (True,)  # fp16, with weights like these
+
+
+@each_case
+@torch.inference_mode()
+def test_closer_to_the_truth_than_stock_in_bf16(case: Tiny) -> None:
+    errors = {"stock": 0.0, "ours": 0.0}
+    for seed in range(3):
+        latent = case.latent("picture", seed=seed).bfloat16()
+        golden = case.decode(case.build(seed, torch.bfloat16).double(), latent.double())
+        models = {"stock": case.build(seed, torch.bfloat16), "ours": optimized(case.build(seed, torch.bfloat16))}
+        for name, model in models.items():
+            errors[name] += rms_error(case.decode(model, latent), golden) / float(golden.std())
+    assert errors["ours"] <= errors["stock"], errors
+
+
+@torch.no_grad()
+def test_several_clips_attend_each_to_themselves() -> None:
+    """Stock cannot: its mask has the batch where the heads go."""
+    block = optimized(randomised(hv.HunyuanVideo15AttnBlock(16)), ALONE)
+    stock, x = randomised(hv.HunyuanVideo15AttnBlock(16)), clip(2, 16, 3, 2, 5)
+    torch.testing.assert_close(block(x), torch.cat([stock(x[:1]), stock(x[1:])]), rtol=0, atol=1e-12)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "bordered": lambda x: bordered.bordered(x, border="replicate"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("temporal", [True, False])
+@pytest.mark.parametrize("channels", [(16, 16), (16, 8), (32, 8), (8, 8)], ids=str)
+@pytest.mark.parametrize("frames", [1, 3])
+@torch.no_grad()
+def test_channels_become_pixels_bit_for_bit(
+    layout: str, temporal: bool, channels: tuple[int, int], frames: int
+) -> None:
+    """The shuffle and the shortcut alone: the convolution is stock's, in the layout that it would have."""
+    inner, outer = channels
+    stock = randomised(hv.HunyuanVideo15Upsample(inner, outer, temporal), torch.float32)
+    ours = optimized(randomised(hv.HunyuanVideo15Upsample(inner, outer, temporal), torch.float32), ALONE)
+    x = clip(2, inner, frames, 3, 5, dtype=torch.float32)
+    packed = stock.conv(x)
+    stock.conv.forward = lambda x: packed
+    ours.conv.forward = lambda x: LAYOUTS[layout](packed)
+    expected = stock(x)
+    y = ours(LAYOUTS[layout](x))
+    assert torch.equal(y, expected)
+    assert bordered.is_bordered(y) == (layout == "bordered")
+    if layout == "bordered":
+        assert bordered.geometry(y).border == "replicate" and not bordered.is_filled(y)
+
+
+def test_a_shortcut_that_does_not_fit_is_refused() -> None:
+    assert block_of(hv.HunyuanVideo15Upsample(16, 6, True)) == "its shortcut repeats 16 channels 3 times"
+    block = hv.HunyuanVideo15ResnetBlock(8, 16)
+    block.conv_shortcut = nn.Conv3d(8, 16, 3, padding=1)
+    assert block_of(block) == "conv_shortcut: a kernel of (3, 3, 3) with a padding of (1, 1, 1)"
+    block.conv_shortcut = nn.Conv3d(8, 16, 1, groups=2)
+    assert block_of(block) == "conv_shortcut: stride, dilation or groups"
+    block.conv_shortcut = nn.Linear(8, 16)
+    assert block_of(block) == "conv_shortcut: Linear is no Conv3d"
+
+
+@pytest.mark.parametrize("trained", ["conv.conv", "input"])
+def test_gradients_are_stocks(trained: str) -> None:
+    results = []
+    for block in (randomised(hv.HunyuanVideo15Upsample(16, 8)), randomised(hv.HunyuanVideo15Upsample(16, 8))):
+        block = block if not results else optimized(block, ALONE)
+        x = clip(1, 16, 3, 3, 5).requires_grad_(trained == "input")
+        parameter = x if trained == "input" else block.conv.conv.weight.requires_grad_()
+        results.append(torch.autograd.grad(block(x).square().sum(), parameter)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+
+
+@each_case
+@torch.inference_mode()
+def test_copied_offloaded_and_taken_back(case: Tiny) -> None:
+    vae = case.build(dtype=torch.bfloat16)
+    before, latent = snapshot(vae), case.latent("picture").bfloat16()
+    stock = case.decode(vae, latent)
+    ours = case.decode(optimized(vae, NORMS), latent)
+    copied = copy.deepcopy(vae)
+    assert torch.equal(case.decode(copied, latent), ours)
+    cpu_offload(copied, execution_device="cpu")
+    assert torch.equal(case.decode(copied, latent), ours)
+    api.restore(vae)
+    assert_identical(vae, before)
+    assert torch.equal(case.decode(vae, latent), stock)
