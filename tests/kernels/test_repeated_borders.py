@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.kernels.clips import SMALL, assert_bordered, normal, surrounded, weights
 from tests.tolerances import assert_close
 from vae_accel.kernels import bordered, conv, group_norm_act, rms_norm_act, thin_conv, upsample_conv
+from vae_accel.metrics import rms_error
 
 SHAPES = [(2, 24, 3, 5, 6), (1, 40, 2, 4, 7), (3, 8, 5, 4), (1, 8, 1, 2, 2)]
 REPEATED = ["replicate", "reflect"]
@@ -114,7 +115,7 @@ def test_frames_kept_stand_where_the_first_would(device):
 
 @pytest.mark.parametrize("around", AROUND)
 def test_one_frame_is_multiplied_once_by_the_sum_of_its_taps(device, monkeypatch, around):
-    """In fp16 beside bf16: the sum is formed in fp32, and nothing else is rounded that was not."""
+    """In fp16 beside bf16: beside the rounding of the result, that of the sum is not seen."""
     shapes, matrix = [], conv.weight_matrix
     monkeypatch.setattr(conv, "weight_matrix", lambda w, *args: shapes.append(w.shape[2:]) or matrix(w, *args))
     x = normal(2, 24, 1, 5, 7, device=device)
@@ -122,8 +123,8 @@ def test_one_frame_is_multiplied_once_by_the_sum_of_its_taps(device, monkeypatch
     before, after = AROUND[around]
     options = {"padding": (1, 1), "before": before, "after": after, "time": "replicate", "space": "replicate"}
     out = conv.conv(x, weight, bias, **options)
-    assert out.dtype == torch.bfloat16
-    assert_close(out, conv.reference(x.double(), weight.double(), bias.double(), **options))
+    law = conv.reference(x.double(), weight.double(), bias.double(), **options)
+    assert out.dtype == torch.bfloat16 and rms_error(out, law) < 1.03 * rms_error(law.bfloat16(), law)
     conv.conv(x, weight.half(), bias.half(), **options)
     conv.conv(x, weight, bias, **{**options, "time": "zeros", "before": 2, "after": 0})
     assert [tuple(shape) for shape in shapes] == [(1, 3, 3), (3, 3, 3), (3, 3, 3)]
