@@ -37,12 +37,17 @@ REPLICATED |= {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_t
 REPLICATED |= {"spatial_compression_ratio": 4, "norm_num_groups": 4}
 SHUFFLED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (8, 16, 16), "layers_per_block": 1}
 SHUFFLED |= {"spatial_compression_ratio": 4}
+# Of 32 groups in the middle, as of 32 channels, some have two pixels: two numbers are normalised to their sign.
+LINEAR: dict[str, Any] = {"latent_channels": 8, "layers_per_block": (1, 1, 1, 1), "temporal_expansions": (1, 3)}
+LINEAR |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (32, 32, 128))
+LINEAR |= {"spatial_expansions": (2, 2), "add_attention_block": (False, True, False, True)}
 CLIPS = [
     video("wan2.1", "AutoencoderKLWan", 4, (3, 3, 2), (4, 4), config=WAN, causal=True),
     video("wan2.2", "AutoencoderKLWan", 4, (3, 3, 2), (4, 8), config={**WAN, **PATCHED}, causal=True),
     video("qwen-image", "AutoencoderKLQwenImage", 4, (3, 3, 2), (4, 4), config=CAUSAL, causal=True),
     video("hunyuan-video", "AutoencoderKLHunyuanVideo", 8, (3, 2, 3), (4, 4), config=REPLICATED),
     video("hunyuan-video-1.5", "AutoencoderKLHunyuanVideo15", 8, (3, 2, 3), (4, 4), config=SHUFFLED, batch=False),
+    video("mochi", "AutoencoderKLMochi", 8, (2, 2, 3), (4, 4), config=LINEAR),
 ]
 KL = {**next(case for case in TABLE if case.id == "flux.1").config, "block_out_channels": (32, 32)}
 HUNYUAN = {**next(case for case in TABLE if case.id == "hunyuan-image").config, "block_out_channels": (32, 32)}

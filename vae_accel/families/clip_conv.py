@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vae_accel.edits import unusable_weight
 from vae_accel.families.causal import ROWS as CAUSAL
-from vae_accel.families.causal import Causal, causal_of, known_as, read
+from vae_accel.families.causal import Call, Causal, causal_of, known_as, read
 from vae_accel.families.row import Hand
 from vae_accel.kernels.bordered import is_bordered
 from vae_accel.kernels.conv import conv as fused
@@ -27,6 +27,7 @@ from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
 
 Around = dict[str, Any]
+IN_PIECES = ("CogVideoXSafeConv3d",)  # nn.Conv3d, whose forward convolves long clips in pieces
 
 
 def plain(
@@ -43,6 +44,22 @@ def plain(
         row = read(name, module)
         return module.conv(x, around=_around(module.conv, row, row.pad), residual=residual, upsampled=upsampled)
     return _added(below(_plain(module.conv, x)), residual)
+
+
+def with_cache(
+    module: Any,
+    below: Callable[..., tuple[Tensor, Tensor | None]],
+    name: str,
+    inputs: Tensor,
+    conv_cache: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same where frames can be handed from call to call, but are not: Mochi's, whose clips come whole."""
+    row, x = read(name, module), inputs
+    if _ours(module.conv, x, residual) and not row.caches:
+        return module.conv(x, around=_around(module.conv, row, row.pad), residual=residual), None
+    y, kept = below(_plain(module.conv, x), conv_cache)
+    return _added(y, residual), kept
 
 
 def convolve(
@@ -81,17 +98,30 @@ def upsamples(module: Any, x: Tensor) -> bool:
 
 def hands(module: nn.Module, name: str, normed: bool = False) -> tuple[Hand, ...]:
     """Of the causal convolution `name` in `module`; `normed` as in `convolve`."""
-    known = known_as(module.get_submodule(name), CAUSAL)
-    return Hand(name, "forward", plain, (known,)), Hand(f"{name}.conv", "forward", convolve, (normed,))
+    wrapper = module.get_submodule(name)
+    known = known_as(wrapper, CAUSAL) or ""
+    forward = FORWARDS[read(known, wrapper).call]
+    return Hand(name, "forward", forward, (known,)), Hand(f"{name}.conv", "forward", convolve, (normed,))
+
+
+FORWARDS: dict[Call, Callable[..., Any]] = {"plain": plain, "conv_cache": with_cache}
+
+
+def unlike_all(module: nn.Module, names: list[str]) -> str | None:
+    """Why one of the convolutions `names` in a module is not for these forwards, or None."""
+    reasons = ((name, unlike(module.get_submodule(name))) for name in names)
+    return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
 
 def unlike(module: nn.Module) -> str | None:
     """Why a module is not a convolution for these forwards, or None."""
     row = causal_of(module)
-    if row is None or not row.conv:
+    if row is None or not row.conv or row.call not in FORWARDS:
         return f"{type(module).__name__} is no causal convolution known here"
+    if row.caches:
+        return "it keeps frames for the next call"
     conv: Any = getattr(module, row.conv)
-    if type(conv) is not nn.Conv3d:
+    if type(conv) is not nn.Conv3d and known_as(conv, IN_PIECES) is None:
         return f"its convolution is a {type(conv).__name__}"
     if reason := _uneven(conv):
         return reason

@@ -77,8 +77,7 @@ def _upsample(m: Any) -> Block | str | None:
     if found is None or isinstance(found, str):
         return found
     hands = (Hand("", "forward", upsample, (found.time == "double",)), *clip_conv.hands(m, "conv", normed=True))
-    reason = clip_conv.unlike(m.conv)
-    return Block(hands) if reason is None else f"conv: {reason}"
+    return clip_conv.unlike_all(m, ["conv"]) or Block(hands)
 
 
 def _ends(m: Any) -> Block | str:
@@ -88,9 +87,7 @@ def _ends(m: Any) -> Block | str:
 def _with_convs(
     m: nn.Module, names: list[str], hands: tuple[Hand, ...] = (), norms: tuple[str, ...] = ()
 ) -> Block | str:
-    reasons = ((name, clip_conv.unlike(m.get_submodule(name))) for name in names)
-    refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
-    return refusal or Block(
+    return clip_conv.unlike_all(m, names) or Block(
         (*hands, *(hand for name in names for hand in clip_conv.hands(m, name, name in NORMED))), norms
     )
 

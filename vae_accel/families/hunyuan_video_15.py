@@ -84,7 +84,7 @@ def _spread(out: Tensor, y: Tensor, x: Tensor, times: int, halves: int) -> None:
 
 def _residual(m: Any) -> Block | str:
     names = ["conv1", "conv2"]
-    reason = _unlike(m, names)
+    reason = clip_conv.unlike_all(m, names)
     if reason is None and m.conv_shortcut is not None and (why := clip_conv.unlike_pointwise(m.conv_shortcut)):
         reason = f"conv_shortcut: {why}"
     if reason is not None:
@@ -104,25 +104,20 @@ def _upsample(m: Any) -> Block | str:
     times = 2 if m.add_temporal_upsample else 1
     if m.repeats % times or m.repeats * m.conv.conv.in_channels != m.conv.conv.out_channels:
         return f"its shortcut repeats {m.conv.conv.in_channels} channels {m.repeats} times"
-    return _unlike(m, ["conv"]) or Block((Hand("", "forward", upsample), *_convs(m, ["conv"])))
+    return clip_conv.unlike_all(m, ["conv"]) or Block((Hand("", "forward", upsample), *_convs(m, ["conv"])))
 
 
 def _resample(m: Any) -> Block | str:
-    return _unlike(m, ["conv"]) or Block(_convs(m, ["conv"]))
+    return clip_conv.unlike_all(m, ["conv"]) or Block(_convs(m, ["conv"]))
 
 
 def _ends(m: Any) -> Block | str:
     names = ["conv_in", "conv_out"]
-    return _unlike(m, names) or Block(_convs(m, names))
+    return clip_conv.unlike_all(m, names) or Block(_convs(m, names))
 
 
 def _convs(m: nn.Module, names: list[str]) -> tuple[Hand, ...]:
     return tuple(hand for name in names for hand in clip_conv.hands(m, name))
-
-
-def _unlike(m: nn.Module, names: list[str]) -> str | None:
-    reasons = ((name, clip_conv.unlike(m.get_submodule(name))) for name in names)
-    return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
 
 NAMES = ("HunyuanVideo15", "HunyuanImageRefiner")

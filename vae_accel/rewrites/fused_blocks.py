@@ -1,6 +1,6 @@
 """Whole blocks on our own convolution: norm and SiLU once, then a convolution that pads, adds bias and residual itself.
 
-What a block is, and its forward, is the family's (`families/wan.py`, `families/kl.py`). A call that cannot run ours (a
+What a block is, and its forward, is the family's (`families/blocks.py` lists them). A call that cannot run ours (a
 gradient, autocast, training) goes to the forward that was there before, with the other rewrites in it.
 """
 
