@@ -95,7 +95,7 @@ SUBJECTS: dict[str, Subject] = {
     subject.id: subject
     for subject in (
         *map(autoencoder, (*TABLE, WIDE)),
-        *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES)),
+        *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES, *towers.PACKED)),
         einops_block(),
     )
 }

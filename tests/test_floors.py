@@ -21,7 +21,7 @@ FLOORS = (
     {"rewrites"},
     {"platforms"},
     {"reports", "api", "streaming"},
-    {"verify", "workloads", "bench", "reports", "results", "profiling", "demo", "tuning"},
+    {"verify", "workloads", "bench", "calls", "timing", "reports", "results", "profiling", "demo", "tuning"},
     {"cli"},
 )
 ROOT = {"__init__", "__main__"}

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def optimize(target: T, *, platform: str | platforms.Platform | None = None, only: Any = None, **settings: Any) -> T:
-    """Makes the VAE of a pipeline, and the vision encoder beside it, faster in place; also takes a single module.
+    """Makes the VAE of a pipeline, and every vision encoder in it, faster in place; also takes a single module.
 
     Args:
         target: a diffusers pipeline, a VAE, or a transformers vision encoder.
@@ -37,12 +37,14 @@ def optimize(target: T, *, platform: str | platforms.Platform | None = None, onl
 
     Raises:
         TypeError: `target` is neither a module nor a pipeline.
-        ValueError: a pipeline without a VAE, an unknown rewrite or platform, a rewrite asked for by name that finds
+        ValueError: a pipeline without either, an unknown rewrite or platform, a rewrite asked for by name that finds
             nothing, weights on the meta device. The model is left as it was.
     """
     parts = _parts(target)
-    if not isinstance(target, nn.Module) and not any(role == "vae" for _, _, role in parts):
-        raise ValueError(f"{type(target).__name__} has no VAE among its components; pass the module itself")
+    if not parts:
+        raise ValueError(
+            f"{type(target).__name__} has no VAE and no vision encoder among its components; pass the module itself"
+        )
     _optimize(parts, platform, only, settings)
     return target
 
@@ -91,8 +93,9 @@ def warmup(
 ) -> T:
     """Captures the CUDA graphs of the vision towers ahead of their calls. Returns `target`.
 
-    Told nothing, a tower of packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph
-    for one image of its own size.
+    A VAE, whose size of latents nothing here says, captures when a size comes the second time. Told nothing, a tower of
+    packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph for one image of its own
+    size.
 
     Args:
         target: a pipeline or an encoder that was optimized with `cuda_graph` on.
@@ -105,9 +108,9 @@ def warmup(
     Raises:
         ValueError: no tower here has graphs, a graph cannot be captured, or `budgets` where the tier is exact.
     """
-    towers = [each for _, module, _ in _parts(target) for each in graphs_of(module)]
+    towers = [each for _, module, role in _parts(target) if role == "encoder" for each in graphs_of(module)]
     if not towers:
-        raise ValueError(f"cuda_graph is on nowhere in this {type(target).__name__}; report() says why")
+        raise ValueError(f"no vision tower in this {type(target).__name__} has cuda_graph on; report() says why")
     for tower, below, graphs in towers:
         try:
             ahead.warm(tower, below, graphs, tuple(ahead.calls(grids)), budgets, images, options)

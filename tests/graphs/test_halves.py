@@ -71,3 +71,8 @@ def test_tiles_of_one_size_are_one_graph() -> None:
         vae.tile_latent_min_size, vae.tile_sample_min_size = 4, 4 * 2 ** (len(vae.config.block_out_channels) - 1)
     equals_eager(stock, ours, "decode", torch.randn(1, tiny.latent_shape[1], 7, 7), 2)
     assert counts(ours)["replayed"] > counts(ours)["captured"]
+
+
+def test_warmup_is_for_towers() -> None:
+    with pytest.raises(ValueError, match="no vision tower in this AutoencoderKL has cuda_graph on"):
+        vae_accel.warmup(optimized(ROWS["sd"].build(), GRAPH))

@@ -7,7 +7,7 @@ from torch import nn
 from tests.kernels.clips import SMALL, assert_bordered, normal, weights
 from tests.tf32 import Simulated, tf32
 from tests.tolerances import assert_close
-from vae_accel import settings
+from vae_accel import optimize_vae, settings
 from vae_accel.families.half import LOST, NORMAL, peaks
 from vae_accel.kernels import bordered, half_operands
 from vae_accel.kernels.conv import _launch, conv, reference
@@ -236,3 +236,19 @@ def test_the_check_reads_what_it_can_read():
     assert peaks(scale.bfloat16(), None, weight.bfloat16()) is not None
     weight[0, 0, 0, 0] = 65504 / 4
     assert peaks(scale, None, weight) is None
+
+
+@pytest.mark.gpu
+def test_on_a_card_only_where_it_is_asked_for(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(half_operands, "_wanted", False)
+    x = torch.zeros(1, 8, 4, 4, device="cuda")
+    assert "VAE_ACCEL_HALF_OPERANDS=1" in unsupported(x, torch.zeros(8, 8, 3, 3, device="cuda"), (1, 1))
+
+
+def test_the_setting_is_what_the_last_optimize_was_told(monkeypatch):
+    monkeypatch.setattr(half_operands, "_wanted", False)
+    for given in (True, False):
+        optimize_vae(nn.Sequential(nn.Conv2d(3, 3, 3)), half_operands=given)
+        assert half_operands._wanted is given

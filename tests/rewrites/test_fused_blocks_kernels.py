@@ -213,7 +213,7 @@ def transformed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 TRUNCATED = 2.5
 
 
-@pytest.mark.parametrize("wide, out", [(192, 128), (256, 256)])
+@pytest.mark.parametrize("wide, out", [(192, 128), (384, 384)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_blocks_by_pairs_of_frames(wide: int, out: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no frames in front, one and two, left by one form and read by the other."""
@@ -275,8 +275,8 @@ def trained(block: Any) -> None:
 
 @pytest.mark.parametrize("change", [hooked, adapted, trained])
 def test_nobody_else_sees_transformed_frames(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, seen = optimized_block(residual_block(256, 256)), transformed(monkeypatch)
-    x = noise(2, 256, 2, 3, 5).bfloat16()
+    block, seen = optimized_block(residual_block(384, 384)), transformed(monkeypatch)
+    x = noise(2, 384, 2, 3, 5).bfloat16()
     expected = block(x)
     assert seen == [2, 2]  # by both convolutions
     change(block)

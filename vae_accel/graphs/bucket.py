@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_accel.families import segments
-from vae_accel.graphs import packed
+from vae_accel.families import segments, towers
+from vae_accel.families.towers import Grids
 from vae_accel.graphs.buckets import Room, Size
 from vae_accel.graphs.capture import CannotCapture, Pool
 from vae_accel.graphs.captured import Captured, copies
-from vae_accel.graphs.packed import Grids
 
 
 class Bucket:
@@ -70,7 +69,7 @@ class Bucket:
     def _padded(self, grids: Grids) -> dict[str, Any]:
         """The tower's metadata of `grids` on the host, padded to the room."""
         room = self.room
-        known = packed.metadata(self._tower, grids or (_one_grid(room)[0],), torch.device("cpu"))
+        known = towers.metadata(self._tower, grids or (_one_grid(room)[0],), torch.device("cpu"))
         used = sum(map(math.prod, grids))
         return {name: _pad(name, value, room, used) for name, value in known.items()}
 

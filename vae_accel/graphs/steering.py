@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vae_accel.families import towers
 from vae_accel.graphs import packed
 from vae_accel.graphs.call import Call
 
@@ -52,7 +53,7 @@ def constants(module: nn.Module, call: Call, beneath: Beneath) -> Constants:
         else:
             found[name] = value.to(call.device)
     if GRID in found and packed.is_packed(module):
-        derived = packed.metadata(module, tuple(map(tuple, found[GRID].tolist())), call.device)
+        derived = towers.metadata(module, tuple(map(tuple, found[GRID].tolist())), call.device)
         found = {**{name: v for name, v in derived.items() if name not in (*beneath.derives, *call.options)}, **found}
     if beneath.loops and not _takes_segments(module):
         found |= {name: value.cpu() for name, value in found.items() if name in _SEGMENTS and isinstance(value, Tensor)}

@@ -123,14 +123,14 @@ class Graphs:
 
     def _admitted(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call, if a graph could serve it at all."""
-        if self._capture.busy():
-            raise CannotCapture("inside another capture")
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not tensors:
             raise CannotCapture("no tensor among its arguments")
         refusal = self._capture.refusal(tensors[0].device)
         if refusal is not None:
             raise CannotCapture(refusal)
+        if self._capture.busy():  # a torch without CUDA cannot be asked
+            raise CannotCapture("inside another capture")
         if runs_stock(*tensors, *(module.parameters() if torch.is_grad_enabled() else ())):
             raise CannotCapture("a gradient is wanted, or autocast is on")
         if self._signature is None:

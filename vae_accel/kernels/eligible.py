@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import DTYPES, triton_available
-from .half_operands import HALVED, stock_is_tf32
+from .half_operands import HALVED, refusal, stock_is_tf32
 
 
 @functools.cache
@@ -42,8 +42,8 @@ def _unable(x: Tensor) -> str | None:
         return "there is no Triton"
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 as integers"
-    if x.dtype == torch.float32 and not stock_is_tf32(x):
-        return "stock multiplies fp32 in full: TF32 is off"
+    if x.dtype == torch.float32 and (reason := refusal(x)) is not None:
+        return reason
     return None if measured_on(x.device) else "it is measured on compute capability 9.0 alone"
 
 

@@ -46,17 +46,25 @@ def use(wanted: bool) -> None:
 
 
 def stock_is_tf32(x: Tensor) -> bool:
-    """Whether the vendor's convolution of fp32 `x` multiplies in TF32, by what torch is set to now, and ours may.
+    """Whether the vendor's convolution of fp32 `x` multiplies in TF32, by what torch is set to now, and ours may."""
+    return refusal(x) is None
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why fp32 `x` is not for ours, or None.
 
     The CPU counts as a card where Triton is interpreted, in tests; its own convolutions are exact.
     """
-    cudnn: Any = torch.backends.cudnn
     if x.is_cuda and not _wanted:
-        return False
-    if not triton_available(x) or not cudnn.enabled or _forbidden():
-        return False
+        return "fp32 models are the vendor's unless VAE_ACCEL_HALF_OPERANDS=1"
+    if not triton_available(x):
+        return "there is no Triton"
+    cudnn: Any = torch.backends.cudnn
     conv = getattr(cudnn, "conv", None)  # since torch 2.9, where the older switch raises once this was set
-    return bool(cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32")
+    allowed = cudnn.enabled and not _forbidden()
+    if allowed and (cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"):
+        return None
+    return "stock multiplies fp32 in full: TF32 is off"
 
 
 def scaled(x: Tensor, history: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 
 class Cpu(Platform):
@@ -32,6 +33,7 @@ class Cpu(Platform):
     encoder = (
         Step(NativeReshape(), "on", "results"),
         Step(PatchEmbedAsLinear(conv2d="16bit"), "on", "results"),
+        Step(VisionMetadata(), "on", "results"),
         Step(BilinearPosEmbed(), "off", "slower below about 3000 patches in torch"),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

@@ -1,4 +1,4 @@
-"""NVIDIA: what is on was measured on an H200 (platforms/cuda/results)."""
+"""NVIDIA: what is on was measured on an H200 or an H100 (platforms/cuda/results)."""
 
 from vae_accel.platforms.base import Platform, Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
@@ -14,6 +14,7 @@ from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 
 class Cuda(Platform):
@@ -35,6 +36,7 @@ class Cuda(Platform):
     encoder = (
         Step(NativeReshape(), "on", "results"),
         Step(PatchEmbedAsLinear(), "on", "results"),
+        Step(VisionMetadata(), "off", "not measured yet"),
         Step(BilinearPosEmbed(), "on", "results"),
         Step(CudaGraph(), "on", "results"),
     )

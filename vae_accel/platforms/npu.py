@@ -10,6 +10,7 @@ from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 UNMEASURED = "not measured on hardware"
 
@@ -30,5 +31,6 @@ class Npu(Platform):
     encoder = (
         Step(NativeReshape(), "off", UNMEASURED),
         Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
+        Step(VisionMetadata(), "off", UNMEASURED),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

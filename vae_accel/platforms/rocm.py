@@ -13,6 +13,7 @@ from vae_accel.rewrites.math_attention import MathAttention
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 UNMEASURED = "not measured on hardware"
 
@@ -35,6 +36,7 @@ class Rocm(Platform):
     encoder = (
         Step(NativeReshape(), "off", UNMEASURED),
         Step(PatchEmbedAsLinear(), "off", UNMEASURED),
+        Step(VisionMetadata(), "off", UNMEASURED),
         Step(BilinearPosEmbed(), "off", UNMEASURED),
         Step(CudaGraph(), "off", f"{UNMEASURED}: graphs of HIP"),
     )

@@ -100,7 +100,7 @@ class CudaGraph(Rewrite):
 
 
 def forward(module: nn.Module, below: Callable[..., Any], graphs: Graphs, *args: Any, **kwargs: Any) -> Any:
-    """A tower's `forward`, replayed where it was captured."""
+    """A module's `forward`, replayed where it was captured."""
     if torch.compiler.is_compiling():
         return below(*args, **kwargs)
     return graphs.call(module, below, args, kwargs)
