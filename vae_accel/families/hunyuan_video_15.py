@@ -36,8 +36,8 @@ def residual_block(block: Any, below: Callable[..., Tensor], half: bool, hidden_
 
 
 def attention_block(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """[N, C, T, H, W]: each frame attends to those up to it."""
-    if x.dim() != 5 or x.numel() == 0 or runs_stock(x):
+    """[1, C, T, H, W]: each frame attends to those up to it. Several clips stock refuses."""
+    if x.dim() != 5 or len(x) != 1 or x.numel() == 0 or runs_stock(x):
         return below(x)
     y = bordered.dense(block.norm(x))
     q, k, v = (project(y).permute(0, 2, 3, 4, 1).flatten(1, 3) for project in (block.to_q, block.to_k, block.to_v))
