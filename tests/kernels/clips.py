@@ -18,9 +18,26 @@ def weights(channels_out, channels_in, *kernel, device, dtype=torch.float16):
     return (weight * weight[0].numel() ** -0.5).to(dtype), normal(channels_out, device=device, dtype=dtype)
 
 
-def assert_bordered(x):
-    """Marked, and zeros in all of its memory that is not picture: before, between and behind the frames."""
-    assert bordered.is_bordered(x)
+def assert_bordered(x, border="zeros"):
+    """Marked, and zeros in all of its memory that is not picture: before, between and behind the frames. Or around each
+    frame what `F.pad` puts there, where a border to be repeated is not open."""
+    assert bordered.is_bordered(x) and bordered.geometry(x).border == border
+    if border != "zeros":
+        if bordered.is_filled(x):
+            assert torch.equal(surrounded(x), padded_frames(x, border))
+        return
     pixels = bordered.pixels_of(x).clone()
     bordered.view(pixels, x.shape).zero_()
     assert not pixels.count_nonzero() and not pixels.isnan().any()
+
+
+def surrounded(x):
+    """`[N T, C, H + 2, W + 2]`: the frames of a clip whose borders are their own, with them."""
+    place, pixels = bordered.geometry(x), bordered.pixels_of(x)
+    frames = pixels[: place.frames * place.frame].view(place.frames, place.height + 2, place.row, -1)
+    return frames[:, :, : place.width + 2].movedim(-1, 1)
+
+
+def padded_frames(x, border):
+    frames = x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
+    return torch.nn.functional.pad(frames, (1, 1, 1, 1), mode=border)

@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from vae_accel.kernels import conv3x3, nvrtc
+from vae_accel.kernels import conv, conv3x3, nvrtc
 
 
 class Box:
@@ -39,6 +39,7 @@ class Card:
         self.launches, self.processors = [], processors
 
     def install(self, monkeypatch):
+        monkeypatch.setattr(conv, "unsupported", lambda x, weight, padding: None)
         monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
         monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)
         monkeypatch.setattr(conv3x3, "TensorMap", Box)
@@ -80,11 +81,11 @@ class Card:
                 else:
                     sample, t = frame // s.T, frame % s.T - s.before
                     found = [torch.zeros(rows, n, dtype=torch.float64)]
-                    for j in range(max(-t - s.kept, 0), s.KT):
-                        if t + j < 0:
+                    for j in range(0 if s.repeat else max(-t - s.kept, 0), s.KT):
+                        if t + j < 0 and not s.repeat:
                             found[0] += taps(history, (sample * s.kept + s.kept + t + j) * s.FRAME, j)
                         else:
-                            found[0] += taps(x, (sample * (s.T + s.KT - 1 - s.before) + t + j) * s.FRAME, j)
+                            found[0] += taps(x, (sample * s.S + min(max(t + j, 0), s.S - 1)) * s.FRAME, j)
                 for i, value in enumerate(found):
                     if s.residual:
                         at = (sums * frame + i) * s.FRAME + s.first + o0

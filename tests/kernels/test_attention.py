@@ -46,6 +46,13 @@ def test_matches_fp64(device, form, shape, dtype):
     assert_right(out, q, k, v, shape[2] ** -0.5)
 
 
+@pytest.mark.parametrize("lengths", [(40, 150), (150, 40), (1, 77), (128, 384)], ids=str)
+def test_more_or_fewer_keys_than_queries(device, form, lengths):
+    q, k, v = heads((2, max(lengths), 64), torch.float16, device)
+    q, k, v = q[:, : lengths[0]], k[:, : lengths[1]], v[:, : lengths[1]]
+    assert_right(wide_head_attention(q, k, v), q, k, v, 64**-0.5)
+
+
 def test_large_logits_do_not_overflow(device, form):
     """Logits of a few thousand, one key far above the rest: the result is that key's value."""
     q, k, v = heads((1, 70, 64), torch.float16, device, spread=40)
@@ -158,7 +165,9 @@ def test_traces_whole_with_the_real_strides(device):
 
 def test_bad_arguments_are_named():
     x = torch.zeros(1, 4, 32)
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="k and v \\[B, M, D\\], of one dtype"):
         wide_head_attention(x, x, x[:, :2])
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(ValueError, match="k and v \\[B, M, D\\], of one dtype"):
         wide_head_attention(x, x, x.half())
+    with pytest.raises(ValueError, match="k and v"):
+        wide_head_attention(x, x[..., :16], x[..., :16])

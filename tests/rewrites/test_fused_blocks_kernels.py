@@ -32,10 +32,22 @@ CAUSAL["temperal_downsample"] = [True, True]
 PATCHED: dict[str, Any] = {"decoder_base_dim": 8, "is_residual": True, "in_channels": 12, "out_channels": 12}
 PATCHED |= {"patch_size": 2, "scale_factor_spatial": 8}
 WAN = {**CAUSAL, "scale_factor_spatial": 4}
+REPLICATED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (8, 8, 16), "layers_per_block": 1}
+REPLICATED |= {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3}
+REPLICATED |= {"spatial_compression_ratio": 4, "norm_num_groups": 4}
+SHUFFLED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (8, 16, 16), "layers_per_block": 1}
+SHUFFLED |= {"spatial_compression_ratio": 4}
+# Of 32 groups in the middle, as of 32 channels, some have two pixels: two numbers are normalised to their sign.
+LINEAR: dict[str, Any] = {"latent_channels": 8, "layers_per_block": (1, 1, 1, 1), "temporal_expansions": (1, 3)}
+LINEAR |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (32, 32, 128))
+LINEAR |= {"spatial_expansions": (2, 2), "add_attention_block": (False, True, False, True)}
 CLIPS = [
     video("wan2.1", "AutoencoderKLWan", 4, (3, 3, 2), (4, 4), config=WAN, causal=True),
     video("wan2.2", "AutoencoderKLWan", 4, (3, 3, 2), (4, 8), config={**WAN, **PATCHED}, causal=True),
     video("qwen-image", "AutoencoderKLQwenImage", 4, (3, 3, 2), (4, 4), config=CAUSAL, causal=True),
+    video("hunyuan-video", "AutoencoderKLHunyuanVideo", 8, (3, 2, 3), (4, 4), config=REPLICATED),
+    video("hunyuan-video-1.5", "AutoencoderKLHunyuanVideo15", 8, (3, 2, 3), (4, 4), config=SHUFFLED, batch=False),
+    video("mochi", "AutoencoderKLMochi", 8, (2, 2, 3), (4, 4), config=LINEAR),
 ]
 KL = {**next(case for case in TABLE if case.id == "flux.1").config, "block_out_channels": (32, 32)}
 HUNYUAN = {**next(case for case in TABLE if case.id == "hunyuan-image").config, "block_out_channels": (32, 32)}
@@ -97,8 +109,8 @@ def test_clips(case: Tiny) -> None:
     """Of 1, 5 and 9 frames, two at once, of odd sizes, one, two and four latents a step."""
     decoded, encoded = Compared(), Compared()
     for most, latents, batch, size in ((1, 2, 1, (1, 3)), (2, 3, 2, (2, 1)), (4, 3, 1, (1, 2)), (4, 1, 1, (3, 1))):
-        vae = optimized(case.build(dtype=torch.float16), most)
-        decoded(case, vae, case.decode, noise(batch, 4, latents, *size))
+        vae, batch = optimized(case.build(dtype=torch.float16), most), batch if case.batch else 1
+        decoded(case, vae, case.decode, noise(batch, case.latent_shape[1], latents, *size))
         side = case.pixel_shape[-1] // case.latent_shape[-1]
         encoded(case, vae, case.encode, noise(batch, 3, 4 * latents - 3, side * size[0], side * size[1]).clamp(-1, 1))
     decoded.check()

@@ -6,11 +6,17 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vae_accel.families import kl, wan
+from vae_accel.families import hunyuan_video, hunyuan_video_15, kl, mochi, wan
 from vae_accel.families.match import by_row
 from vae_accel.families.row import Block
 
-ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {**wan.ROWS, **kl.ROWS}
+ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {
+    **wan.ROWS,
+    **kl.ROWS,
+    **hunyuan_video.ROWS,
+    **hunyuan_video_15.ROWS,
+    **mochi.ROWS,
+}
 
 
 def block_of(module: nn.Module) -> Block | str | None:

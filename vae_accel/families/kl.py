@@ -37,7 +37,7 @@ NORMED = ("conv1", "conv2", "conv_in", "proj")
 
 
 def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args: Any, **kwargs: Any) -> Tensor:
-    """[N, C, H, W] -> [N, C', H, W]. A second argument (a time embedding, the deprecated `scale`) is stock's.
+    """[N, C, (T,) H, W] -> [N, C', (T,) H, W]. A second argument (a time embedding, the deprecated `scale`) is stock's.
 
     `reach` is that of each norm, see `reach`.
     """
@@ -64,7 +64,7 @@ def attention(attn: Any, below: Callable[..., Tensor], wide: bool, *args: Any, *
     Masks and other sequences are stock's, whose processors view a picture as a sequence: a bordered one has no such
     view.
     """
-    if not (wide and _alone(args, kwargs) and _is_picture(args[0]) and _is_stock(attn.processor)):
+    if not (wide and _alone(args, kwargs) and _is_picture(args[0]) and is_stock(attn.processor)):
         return below(*(dense(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
     x: Tensor = args[0]
     pixels = attn.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
@@ -103,15 +103,15 @@ def _norm(norm: Any, reach: float, x: Tensor) -> Tensor:
 
 
 def _alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a picture is all that a call gives."""
-    return len(args) > 0 and all(value is None for value in (*args[1:], *kwargs.values())) and args[0].dim() == 4
+    """Whether a picture, or a clip, is all that a call gives."""
+    return len(args) > 0 and all(value is None for value in (*args[1:], *kwargs.values())) and args[0].dim() in (4, 5)
 
 
 def _is_picture(x: Tensor) -> bool:
     return x.dim() == 4 and x.numel() > 0 and is_channels_last(x) and not runs_stock(x)
 
 
-def _is_stock(processor: Any) -> bool:
+def is_stock(processor: Any) -> bool:
     """A processor can be exchanged at any time (`fuse_qkv_projections`, xFormers)."""
     return type(processor).__name__ == "AttnProcessor2_0"
 

@@ -17,15 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_accel.families.frames_attend import attend
 from vae_accel.families.half import ROOM, peaks
 from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan_conv import causal_conv, doubling_conv, unlike_causal
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
-from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
 from vae_accel.kernels.eligible import wants_fp16
 from vae_accel.kernels.winograd import suits as in_pairs
@@ -58,16 +57,9 @@ def attention_block(block: Any, below: Callable[..., Tensor], half: bool, x: Ten
     if x.numel() == 0 or runs_stock(x):  # stock refuses an empty batch
         return below(x)
     frames = pictures(x)
-    qkv = block.to_qkv(_norm(block.norm, half, frames)).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    qkv = block.to_qkv(normed(block.norm, half, frames)).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
     y = attend(*qkv.chunk(3, -1)).transpose(1, 2).unflatten(2, x.shape[3:])
     return clip(block.proj(y, residual=frames), x.shape[2])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head over all channels: [N, L, C] each, in rows of adjacent channels, -> [N, L, C]."""
-    if q.shape[-1] > FUSED:
-        return wide_head_attention(q, k, v)
-    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def upsample(
@@ -150,7 +142,7 @@ def _normed_conv(
     previous = None if feat_cache is None else feat_cache[feat_idx[0]]
     made = norm(x, pairs=True, history=previous) if half and _pairs(norm, conv, x, previous) else None
     if made is None:
-        return _chunk(conv, feat_cache, feat_idx, block.nonlinearity(_norm(norm, half, x)), **more)
+        return _chunk(conv, feat_cache, feat_idx, block.nonlinearity(normed(norm, half, x)), **more)
     y, kept = made
     if feat_cache is not None:
         feat_cache[feat_idx[0]] = kept
@@ -178,7 +170,8 @@ def _pairs(norm: nn.Module, conv: Any, x: Tensor, previous: Tensor | None) -> bo
     return (n, c, h, w) == (*x.shape[:2], *x.shape[3:]) and t <= KEPT and previous.device == x.device
 
 
-def _norm(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
+def normed(norm: nn.Module, half: bool, x: Tensor) -> Tensor:
+    """The norm of `x`, in fp16 where it may be (`half`) and ours reads it."""
     return norm(x, dtype=torch.float16) if half and wants_fp16(x) else norm(x)
 
 
@@ -201,7 +194,7 @@ def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
     return torch.cat([previous[:, :, -1:].to(x), x], 2)
 
 
-def _fits_fp16(norm: Any, conv: Any) -> bool:
+def fits_fp16(norm: Any, conv: Any) -> bool:
     """Whether fp16 holds all that `conv` can be given to multiply."""
     found = peaks(norm.gamma, norm.bias if isinstance(norm.bias, Tensor) else None, conv.weight)
     return found is not None and math.sqrt(norm.gamma.numel()) * found[0] + found[1] < ROOM
@@ -212,7 +205,7 @@ def _residual(m: Any) -> Block | str:
     reason = _unlike(m, names)
     if reason is not None:
         return reason
-    half = _fits_fp16(m.norm1, m.conv1) and _fits_fp16(m.norm2, m.conv2)
+    half = fits_fp16(m.norm1, m.conv1) and fits_fp16(m.norm2, m.conv2)
     hands = (Hand(name, "forward", causal_conv) for name in names)
     return Block((Hand("", "forward", residual_block, (half,)), *hands), ("norm1", "norm2") if half else ())
 
@@ -222,7 +215,7 @@ def _attention(m: Any) -> Block | str:
     reason = _unlike(m, names, unlike)
     if reason is not None:
         return reason
-    half = _fits_fp16(m.norm, m.to_qkv)
+    half = fits_fp16(m.norm, m.to_qkv)
     hands = (Hand(name, "forward", image_conv, (False,)) for name in names)
     return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
 

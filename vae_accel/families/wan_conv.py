@@ -16,7 +16,7 @@ from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
 from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import interleaved
+from vae_accel.kernels.conv_law import interleaved
 from vae_accel.kernels.eligible import runs
 from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.thin_conv import MOST, thin_conv

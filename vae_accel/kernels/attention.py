@@ -76,17 +76,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int = BUDGET) -> Tensor:
     batch, length, width = q.shape
+    keys = k.shape[1]
     out = torch.empty((batch, length, width), dtype=q.dtype, device=q.device)
-    span = -(-length // KEY_TILE) * KEY_TILE
-    k, v = (F.pad(t, (0, 0, 0, span - length)) for t in (k, v))
+    span = -(-keys // KEY_TILE) * KEY_TILE
+    k, v = (F.pad(t, (0, 0, 0, span - keys)) for t in (k, v))
     block = min(next_power_of_2(span), ROW_BLOCK)
     warps = max(1, min(16, block // 512))
-    for samples, rows in wide_head.chunks(batch, length, budget // (4 * length)):
+    for samples, rows in wide_head.chunks(batch, length, budget // (4 * keys)):
         logits = _product(q[samples, rows], k[samples].mT)
         powers = torch.empty(logits.shape, dtype=v.dtype, device=v.device)
         sums = torch.empty((*logits.shape[:2], 1), dtype=torch.float32, device=q.device)
         _exponentials[sums.numel(),](
-            logits, powers, sums, length, span,
+            logits, powers, sums, keys, span,
             SCALE=scale * math.log2(math.e), FITS=block >= span, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         torch.div(_product(powers, v[samples]), sums, out=out[samples, rows])
@@ -111,7 +112,7 @@ _op.register_fake(lambda q, k, v, scale: torch.empty(q.shape, dtype=q.dtype, dev
 
 
 def wide_head_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """`softmax(q kᵀ · scale) v` of one head: `[B, L, D]` three times, one dtype, and a contiguous `[B, L, D]`.
+    """`softmax(q kᵀ · scale) v` of one head: q `[B, L, D]`, k and v `[B, M, D]`, one dtype; a contiguous `[B, L, D]`.
 
     `scale` is 1/√D by default. Logits and sums are fp32. Where there is no Triton, for more than 16 bits, and where
     autograd records, it is `scaled_dot_product_attention`.
@@ -119,9 +120,10 @@ def wide_head_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     Raises:
         ValueError: shapes or dtypes that differ.
     """
-    if q.dim() != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
+    if not fits or not q.dtype == k.dtype == v.dtype:
         given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (q, k, v))
-        raise ValueError(f"q, k and v must be [B, L, D] of one shape and dtype, got {given}")
+        raise ValueError(f"q must be [B, L, D], k and v [B, M, D], of one dtype, got {given}")
     if differentiates(q, k, v):
         return _stock(q, k, v, scale)
     run = _op if torch.compiler.is_compiling() else _run

@@ -15,12 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, bordered, conv3x3
-from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kernel, signature
-from .causal_pad import causal_pad
+from ._dispatch import Signature, differentiates, lazy_kernel, signature
+from .conv_law import has_form, vendor
+from .conv_law import reference as reference
 from .eligible import unsupported
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .half_operands import scaled
@@ -31,53 +31,18 @@ from .tiles import Tile, key_of
 tl: Any = None  # triton.language, bound at the first launch
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    padding: tuple[int, int] = (0, 0),
-    before: int = 0,
-    history: Tensor | None = None,
-    residual: Tensor | None = None,
-    split: int = 1,
-) -> Tensor:
-    """The law: the vendor's convolution of the padded clip, and the residual added to what it rounded.
-
-    fp16 beside bf16 is multiplied in fp32: fp16 cannot hold every result.
-    """
-    dtype = weight.dtype
-    if x.dtype != dtype:
-        x = x.to(torch.promote_types(x.dtype, dtype))
-    if x.dim() == 5:
-        if history is not None:
-            x, before = torch.cat([history.to(x.dtype), x], 2), before - history.shape[2]
-        x = F.pad(x, (0, 0, 0, 0, before, 0))
-    convolve = F.conv3d if x.dim() == 5 else F.conv2d
-    y = convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), 1, (0,) * (x.dim() - 4) + padding)
-    if split > 1:
-        y = interleaved(y, split, x)
-    return (y if residual is None else y + residual).to(dtype)
-
-
-def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
-    """`[N, split * C, T, H, W]` as frames `[N, C, T * split, H, W]`, those of one frame after each other, in the layout
-    of `like` (the vendor's may be another)."""
-    frames = y.unflatten(1, (split, -1)).movedim(1, 3)
-    shape = (y.shape[0], y.shape[1] // split, y.shape[2] * split, *y.shape[3:])
-    out = empty_in_layout_of(like, shape, y.dtype)
-    out.unflatten(2, (-1, split)).copy_(frames)
-    return out
-
-
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks border")
+@lazy_kernel(alike="frames T S K H W ROW FRAME O first channels tiles_n units chunks border")
 def _conv(
     x, history, w, w2, bias, unit, residual, residual2, out, out2, head, partials,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
-    NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    frames, T, S, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
+    NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
+    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels].
+
+    A sample has T frames, of `x` S, of `history` K. With `REPEAT` the first and the last stand for those beyond them.
+    """
     clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
@@ -97,17 +62,20 @@ def _conv(
             None if LATE else bias, None if LATE else residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE
         )
     PER: tl.constexpr = KH * KB
-    here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
-    if BEFORE:
+    here = 0 if REPEAT else tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
+    if BEFORE and not REPEAT:
         past = (n * K + K + t - BEFORE) * FRAME + o0 + first
         for i in tl.range(tl.maximum(here - K, 0) * PER, here * PER, num_stages=STAGES):
             a = history.load([past + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
             acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
             if MORE:
                 acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0 + first  # a sample of x has T + KT - 1 - BEFORE frames
+    now = (n * S + t - BEFORE) * FRAME + o0 + first
     for i in tl.range(here * PER, KT * PER, num_stages=STAGES):
-        a = x.load([now + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
+        s = i // PER
+        if REPEAT:
+            s = tl.minimum(tl.maximum(s, BEFORE - t), S - 1 + BEFORE - t)
+        a = x.load([now + s * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
@@ -138,25 +106,36 @@ def _launch(
     history: Tensor | None,
     residual: Tensor | None,
     split: int,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
     *,
     statistics: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
-    time = spatial[0] if len(spatial) == 3 else 1
+    dtype, frames_in = weight.dtype, spatial[0] if len(spatial) == 3 else 1
+    if weight.dim() == 5 and x.dtype != dtype and _sees_one_frame(frames_in, weight, before + after, history, time):
+        weight, before, after = weight.sum(2, keepdim=True, dtype=torch.float32), 0, 0
     channels_out, kt, kh, kw = weight.shape[0], *((1,) * (4 - weight.dim() + 1) + tuple(weight.shape[2:]))
-    frames_out = (time + before - kt + 1) * split
+    frames_out = (frames_in + before + after - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
     unit = None
     if x.dtype == torch.float32:
         x, history, weight, unit = scaled(x, history, weight)
-    x = bordered.bordered(x)
-    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
+    if kh == 3:
+        x = bordered.bordered(x, border=space)
+    elif not bordered.is_bordered(x):
+        x = bordered.laid_out(x, border=space)
     place = bordered.geometry(x)
+    out = bordered.empty(shape, dtype, x.device, place.border, versions=statistics)
+    history = None if history is None else bordered.bordered(history, x.dtype, place.border)
+    residual = None if residual is None else bordered.laid_out(residual, border=place.border)
+    repeat = time == "replicate" and history is None
+    if tile is None and split == 1 and conv3x3.takes(x, weight, dtype):
+        return conv3x3.conv(x, weight, bias, before, history, residual, out, repeat=repeat, statistics=statistics)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
-    history = None if history is None else bordered.bordered(history, x.dtype)
-    residual = None if residual is None else bordered.bordered(residual)
     matrix = weight_matrix(weight, x.dtype, tile.depth, together)
     bias = bias if bias is None or together == 1 else bias.repeat(together)
     sides = [frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
@@ -171,16 +150,26 @@ def _launch(
         _conv[(tiles_n * frames * tiles,)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, unit, *sides, bordered.pixels_of(out), partials, frames, frames // n,
+            bias, unit, *sides, bordered.pixels_of(out), partials, frames, frames // n, frames_in,
             0 if history is None else history.shape[2], place.height, place.width // together, place.row // together,
             frame, columns, 0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
             place.first * out.shape[1],
-            NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, KT=kt, KH=kh,
-            KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
+            NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, REPEAT=repeat,
+            KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
+            **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     if partials is not None:
         note(out, partials)
     return out
+
+
+def _sees_one_frame(frames: int, weight: Tensor, around: int, history: Tensor | None, time: str) -> bool:
+    """Whether every tap in time sees the only frame, so that their sum does: a third of the work.
+
+    Rounded to fp16 it is as good as operands are that a norm wrote in fp16 for a bf16 model; in bf16, or where the
+    weight is fp16 too, it would be a rounding that stock has not.
+    """
+    return frames == 1 and around == weight.shape[2] - 1 and history is None and time == "replicate"
 
 
 def _together(x: Tensor, weight: Tensor, split: int) -> int:
@@ -216,35 +205,34 @@ def conv(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
     statistics: bool = False,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
     Args:
         x: activations; fp16 beside a bf16 or fp32 weight is allowed, and is computed with fp16 operands.
-        padding: zeros around each frame, (height, width).
-        before: frames in front of a clip, T' = T + before - (kt - 1).
-        history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
+        padding: pixels around each frame, (height, width), as `space` says: one of `bordered.BORDERS`.
+        before: frames in front of a clip, and `after` behind it: T' = T + before + after - (kt - 1).
+        history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`.
         residual: like the result; added in fp32 before the one rounding.
         split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
+        time: what the frames are that are not in `history`: zeros, or with "replicate" the first and the last of all.
         statistics: a GroupNorm comes next: our kernel notes its statistics beside the result.
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
-    if differentiates(x, weight, bias, history, residual):
-        return reference(
-            x, weight, bias, padding=padding, before=before, history=history, residual=residual, split=split
-        )
-    ours = unsupported(x, weight, padding) is None
-    if ours and split == 1 and conv3x3.takes(x, weight):
-        x = bordered.bordered(x)
-        history = None if history is None else bordered.bordered(history, x.dtype)
-        residual = None if residual is None else bordered.bordered(residual)
-        return conv3x3.conv(x, weight, bias, before, history, residual, statistics=statistics)
-    tile = _chosen(x, weight, split) if ours else None
-    if tile is None:
-        return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split, statistics=statistics, tile=tile)
+    frames, tile = (before, history, residual, split, after, time, space), None
+    ours = has_form(x, before, history, after, time, space) and unsupported(x, weight, padding) is None
+    ours = ours and not differentiates(x, weight, bias, history, residual)
+    if ours and not (split == 1 and conv3x3.takes(x, weight, weight.dtype)):
+        tile = _chosen(x, weight, split)
+        ours = tile is not None
+    if not ours:
+        return vendor(x, weight, bias, padding, *frames)
+    return _launch(x, weight, bias, *frames, statistics=statistics, tile=tile)
 
 
 def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
@@ -254,30 +242,10 @@ def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
     return choose(key, tile_of(key.channels_in, key.channels_out * together, key.taps), x.device)
 
 
-def _vendor(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: tuple[int, int],
-    before: int,
-    history: Tensor | None,
-    residual: Tensor | None,
-    split: int,
-) -> Tensor:
-    """The law, with the frames in front put there in one pass."""
-    if history is not None:
-        history = history.to(x.dtype)
-    elif x.dim() == 5 and x.shape[2] == 1 and before == weight.shape[2] - 1:
-        before, weight = 0, weight[:, :, -1:]  # behind zeros only the last tap sees anything: a third of the work
-    if before:
-        x = causal_pad(x, (0, 0, 0, 0, before, 0), time="zeros", history=history)
-    return reference(x, weight, bias, padding=padding, residual=residual, split=split)
-
-
 def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
     wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
-    taps = {"KT": 3, "KH": 3, "KB": 9}
+    taps = {"KT": 3, "KH": 3, "KB": 9, "REPEAT": False}
     absent = dict.fromkeys(("w2", "bias", "unit", "residual", "residual2", "out2", "partials"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
     more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32", "head": "bf16"}
@@ -294,4 +262,5 @@ def signatures() -> list[Signature]:
         signature(_conv, pixels | more, {**all_of_it, "unit": None}, warps=wide.warps),
         signature(_conv, pixels | of_fp32, all_of_it, warps=wide.warps),
         signature(_conv, least, nothing, warps=plain.warps),
+        signature(_conv, least, {**nothing, "BEFORE": 2, "REPEAT": True}, warps=plain.warps),
     ]

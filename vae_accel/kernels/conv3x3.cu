@@ -105,9 +105,10 @@ struct Place { int n0, o0, frame; };  // first column, first pixel in its frame,
 
 struct Sizes {
   int frames;     // of the result, or pairs of them
-  int T;          // of one sample
+  int T, S;       // frames of a sample of the result, and of x
   int KT, before; // taps in time, frames in front of a sample
   int kept;       // of them in `history`
+  int repeat;     // frames beyond those of x are its first and last
   int tiles_m, tiles_n;
   int FRAME, ROW, H, W, first;  // bordered.Geometry
   int I, O, residual;
@@ -117,6 +118,9 @@ struct Sizes {
 __device__ __forceinline__ Place place_of(int tile, const Sizes& s) {  // neighbours share pixels
   return {tile % s.tiles_n * N, tile / s.tiles_n % s.tiles_m * TILE, tile / (s.tiles_n * s.tiles_m)};
 }
+
+// Taps in time over frames of zeros.
+__device__ __forceinline__ int unseen(const Place& p, const Sizes& s) { return s.repeat ? 0 : max(s.before - p.frame % s.T - s.kept, 0); }
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     const __grid_constant__ Map x64, const __grid_constant__ Map x32, const __grid_constant__ Map h64,
@@ -176,9 +180,9 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
               }
 #else
         const int n = p.frame / s.T, t = p.frame % s.T - s.before;
-        for (int j = max(-t - s.kept, 0); j < s.KT; j++) {
-          const bool past = t + j < 0;
-          const int frame = past ? n * s.kept + s.kept + t + j : n * (s.T + s.KT - 1 - s.before) + t + j;
+        for (int j = unseen(p, s); j < s.KT; j++) {
+          const bool past = t + j < 0 && !s.repeat;
+          const int frame = past ? (n + 1) * s.kept + t + j : n * s.S + min(max(t + j, 0), s.S - 1);
           for (int kh = 0; kh < 3; kh++)
             for (int kb = 0; kb < KB; kb++) {
               loadA(past ? &h64 : &x64, past ? &h32 : &x32, frame * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
@@ -252,9 +256,8 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
         }
       }
 #else
-      const int unseen = max(s.before - place.frame % s.T - s.kept, 0);  // taps over frames of zeros
       #pragma unroll 1
-      for (int step = 0; step < 3 * KB * (s.KT - unseen); step++) row_of_taps(P{});
+      for (int step = 0; step < 3 * KB * (s.KT - unseen(place, s)); step++) row_of_taps(P{});
 #endif
       if (s.residual) {
         #pragma unroll 1

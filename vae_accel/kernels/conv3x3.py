@@ -78,7 +78,7 @@ class Form(NamedTuple):
 class _Sizes(ctypes.Structure):
     """`Sizes` of conv3x3.cu."""
 
-    names = "frames T KT before kept tiles_m tiles_n FRAME ROW H W first I O residual units chunks"
+    names = "frames T S KT before kept repeat tiles_m tiles_n FRAME ROW H W first I O residual units chunks"
     _fields_: ClassVar = [(name, ctypes.c_int) for name in names.split()]
 
 
@@ -96,9 +96,9 @@ def has_form(channels_in: int, channels_out: int, device: torch.device) -> bool:
     return columns_of(channels_in, channels_out) is not None and _ready(device)
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of ours, by `kernels.eligible`, has a form here: of 16 bits, with 3x3 taps in space."""
-    if weight.shape[-1] != 3 or x.dtype.itemsize != 2 or weight.dtype.itemsize != 2:
+def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a convolution of ours, by `kernels.eligible`, has a form here: 3x3 taps in space, 16 bits in and out."""
+    if weight.shape[-1] != 3 or x.dtype.itemsize != 2 or dtype.itemsize != 2:
         return False
     return has_form(x.shape[1], weight.shape[0], x.device)
 
@@ -127,17 +127,16 @@ def conv(
     before: int,
     history: Tensor | None,
     residual: Tensor | None,
+    out: Tensor,
     *,
+    repeat: bool = False,
     statistics: bool = False,
 ) -> Tensor:
-    """As `kernels.conv.conv` for a padding of 1, of a bordered `x`."""
-    n, _, *spatial = x.shape
-    taps_in_time = weight.shape[2] if weight.dim() == 5 else 1
-    time = (spatial[0] + before - taps_in_time + 1,) if len(spatial) == 3 else ()
-    shape = (n, weight.shape[0], *time, *spatial[-2:])
-    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
-    kept = 0 if history is None else history.shape[2]
-    sizes = _Sizes(frames=n * (*time, 1)[0], T=(*time, n)[0], KT=taps_in_time, before=before, kept=kept)
+    """Into `out`, as `kernels.conv.conv` for a padding of 1; all bordered alike. `repeat`: frames beyond those of `x`
+    are its first and last."""
+    frames, kernel = (out.shape[2], x.shape[2]) if x.dim() == 5 else (1, 1), weight.shape[2:]
+    sizes = _Sizes(frames=x.shape[0] * frames[0], T=frames[0], S=frames[1], KT=kernel[0] if len(kernel) == 3 else 1)
+    sizes.before, sizes.kept, sizes.repeat = before, 0 if history is None else history.shape[2], int(repeat)
     taps = weight_matrix(weight, x.dtype, 1)
     return _launch(x, history, taps, bias, residual, out, sizes, pairs=False, statistics=statistics)
 

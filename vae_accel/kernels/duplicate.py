@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, lazy_kernel, next_power_of_2, signature, triton_available
-from .group_statistics import is_picture
+from .bordered import is_picture
+from .group_statistics import layout
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -28,9 +29,9 @@ def reference(y: Tensor, x: Tensor, times: int, sides: int, repeats: int, drop: 
     return y + block.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, drop:]
 
 
-@lazy_kernel(alike="total T ROW FRAME W drop stride_n stride_t stride_h stride_w")
+@lazy_kernel(alike="total T ROW FRAME H W drop stride_n stride_t stride_h stride_w")
 def _add_duplicates(
-    y, x, out, total, T, ROW, FRAME, W, C, drop, stride_n, stride_t, stride_h, stride_w, stride_c,
+    y, x, out, total, T, ROW, FRAME, H, W, C, drop, stride_n, stride_t, stride_h, stride_w, stride_c,
     TIMES: tl.constexpr, SIDES: tl.constexpr, REPEATS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """`y`, `out`: [total, C] pixels of bordered clips, `x` by its strides."""
@@ -39,7 +40,7 @@ def _add_duplicates(
     inside = (pixel < total) & (col < C)
     place = pixel.to(tl.int64) * C + col
     value = tl.load(y + place, mask=inside, other=0).to(tl.float32)
-    picture = inside & is_picture(pixel, ROW, FRAME, W)
+    picture = inside & is_picture(pixel, ROW, FRAME, H, W)
     frame = pixel // FRAME
     t = frame % T + drop
     h = pixel % FRAME // ROW - 1
@@ -60,7 +61,7 @@ def add_duplicates(y: Tensor, x: Tensor, times: int, sides: int, repeats: int, d
     if not (bordered.is_bordered(y) and triton_available(y) and x.dtype == y.dtype):
         return reference(y, x, times, sides, repeats, drop)
     place, channels = bordered.geometry(y), y.shape[1]
-    out = bordered.empty(y.shape, y.dtype, y.device)
+    out = bordered.empty(y.shape, y.dtype, y.device, place.border)
     pixels = bordered.pixels_of(out)
     cols = min(next_power_of_2(channels), 256)
     rows = TILE // cols
@@ -69,7 +70,7 @@ def add_duplicates(y: Tensor, x: Tensor, times: int, sides: int, repeats: int, d
     n, c, t, h, w = x.stride()
     with torch.cuda.device_of(y):
         _add_duplicates[-(-len(pixels) // rows), -(-channels // cols)](
-            bordered.pixels_of(y), x, pixels, len(pixels), y.shape[2], place.row, place.frame, place.width, channels,
+            bordered.pixels_of(y), x, pixels, len(pixels), y.shape[2], *layout(place), channels,
             drop, n, t, h, w, c, TIMES=times, SIDES=sides, REPEATS=repeats, ROWS=rows, COLS=cols, num_warps=8,
         )  # fmt: skip
     return out

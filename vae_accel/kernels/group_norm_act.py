@@ -24,7 +24,8 @@ from ._dispatch import (
     signature,
     triton_available,
 )
-from .group_statistics import TILE, WARPS, combined, group_statistics, is_picture, layout, noted, walk
+from .bordered import is_picture, repeated
+from .group_statistics import TILE, WARPS, combined, group_statistics, layout, noted, of_samples, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -59,9 +60,10 @@ def reference(
 @LazyKernel
 def _normalize(
     x, out, statistics, weight, bias, frames, groups, C, S, rows,
-    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s, ROW, FRAME, W,
+    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s, ROW, FRAME, H, W,
     BORDER: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """`BORDER`: what lies around the pictures, an index of `BORDERS`; None where nothing does."""
     batch = tl.program_id(2)
     start = tl.program_id(0) * rows
     limit = tl.minimum(rows, S - start)
@@ -83,13 +85,17 @@ def _normalize(
         shift += tl.load(bias + col, mask=col < C, other=0).to(tl.float32)
     for first in range(0, limit, ROWS):
         inside = (first + row < limit) & (col < C)
-        value = (tl.load(source, mask=inside, other=0).to(tl.float32) - mean) * scale + shift
+        place = source
+        if BORDER is not None and BORDER > 0:
+            pixel = start + first + row
+            place += (repeated(pixel, ROW, FRAME, H, W, BORDER) - pixel) * stride_s
+        value = (tl.load(place, mask=inside, other=0).to(tl.float32) - mean) * scale + shift
         if ACT:
             value = value / (1 + tl.exp(-value))
         if SATURATE:
             value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        if BORDER:
-            value = tl.where(is_picture(start + first + row, ROW, FRAME, W), value, 0.0)
+        if BORDER == 0:
+            value = tl.where(is_picture(start + first + row, ROW, FRAME, H, W), value, 0.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s
@@ -119,7 +125,7 @@ def _launch(
             _dispatch.tally("_normalize", 0, out.numel() * (x.element_size() + out.element_size()))
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
-            *layout(None), BORDER=False, ACT=act, SATURATE=dtype == torch.float16,
+            *layout(None), BORDER=None, ACT=act, SATURATE=dtype == torch.float16,
             ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -135,22 +141,23 @@ def _launch_bordered(
     each_frame: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros.
+    """A bordered clip to a bordered clip: all pixels, border and all, are one axis.
 
-    The zeros behind a sample are those before the next one; both write them.
+    The zeros behind a sample are those before the next one; both write them. Others are a sample's own.
     """
     place, C = bordered.geometry(x), x.shape[1]
     samples = place.frames if each_frame else x.shape[0]
-    out = bordered.empty(x.shape, dtype or x.dtype, x.device)
+    out = bordered.empty(x.shape, dtype or x.dtype, x.device, place.border)
     step = place.frames // samples * place.frame
-    whole = (samples, C, step + place.first), (step * C, 1, C)
+    shared = place.first if place.border == "zeros" else 0
+    whole = (samples, C, step + shared), (step * C, 1, C)
     source, target = (bordered.pixels_of(t).as_strided(*whole) for t in (x, out))
     with torch.cuda.device_of(x):
-        partials = noted(x, num_groups) if each_frame else None
+        partials = noted(x, num_groups)
         if partials is None:
             statistics = group_statistics(source, num_groups, eps, border=place)
         else:
-            statistics = combined(partials, num_groups, eps)
+            statistics = combined(partials if each_frame else of_samples(partials, samples), num_groups, eps)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
         if _dispatch.tally is not None:
@@ -158,9 +165,10 @@ def _launch_bordered(
         _normalize[-(-S // rows), columns, batches](
             source, target, statistics, weight, bias, frames, num_groups, C, S, rows, *strides,
             *walk(target, False).strides, *layout(place),
-            BORDER=True, ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+            BORDER=bordered.BORDERS.index(place.border), ACT=act, SATURATE=dtype == torch.float16,
+            ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
-    return out
+    return bordered.view(bordered.pixels_of(out), x.shape, place.border, filled=True)
 
 
 def _run(
@@ -219,5 +227,8 @@ def group_norm_act(
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     affine = {"x": "bf16", "out": "bf16", "statistics": "fp32", "weight": "fp32"}
-    flags = {"BORDER": True, "ACT": True, "SATURATE": True}
-    return [signature(_normalize, affine, {"bias": None, **flags, "ROWS": TILE, "COLS": 1})]
+    flags = {"ACT": True, "SATURATE": True}
+    return [
+        signature(_normalize, affine, {"bias": None, **flags, "BORDER": border, "ROWS": TILE, "COLS": 1})
+        for border in range(len(bordered.BORDERS))
+    ]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, lazy_kernel, next_power_of_2, signature
+from ._dispatch import LazyKernel, Signature, flat_stride, lazy_kernel, next_power_of_2, signature
+from .bordered import is_picture
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -31,16 +32,9 @@ COMBINED = 8192  # partials a program combines at a time: a convolution leaves a
 _NOTE = "_vae_accel_moments"
 
 
-@LazyFunction
-def is_picture(pixel, ROW, FRAME, W):
-    """Whether a pixel of a bordered clip, counted from the start of its memory, is none of the border."""
-    pixel = pixel % FRAME
-    return (pixel >= ROW) & (pixel % ROW > 0) & (pixel % ROW <= W)
-
-
 @LazyKernel
 def _moments(
-    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s, ROW, FRAME, W,
+    x, partials, frames, C, S, rows, stride_n, stride_t, stride_c, stride_s, ROW, FRAME, H, W,
     BORDER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Mean, squared deviations and number of `rows` positions of each channel: Welford in a lane, Chan over lanes."""
@@ -58,7 +52,7 @@ def _moments(
     for first in range(0, limit, ROWS):
         counts = first + row < limit
         if BORDER:
-            counts = counts & is_picture(start + first + row, ROW, FRAME, W)
+            counts = counts & is_picture(start + first + row, ROW, FRAME, H, W)
             count += counts.to(tl.float32)
             share = 1.0 / tl.maximum(count, 1.0)
         else:
@@ -150,9 +144,9 @@ def walk(x: Tensor, per_frame: bool) -> Walk:
     return _walk(x.shape, x.stride(), per_frame)
 
 
-def layout(border: bordered.Geometry | None) -> tuple[int, int, int]:
-    """ROW, FRAME and W of the kernels; unread without a border."""
-    return (0, 1, 0) if border is None else (border.row, border.frame, border.width)
+def layout(border: bordered.Geometry | None) -> tuple[int, int, int, int]:
+    """ROW, FRAME, H and W of the kernels; unread without a border."""
+    return (0, 1, 0, 0) if border is None else (border.row, border.frame, border.height, border.width)
 
 
 def group_statistics(
@@ -204,6 +198,11 @@ def empty_partials(x: Tensor, chunks: int) -> Tensor:
 def layout_of(partials: Tensor | None) -> tuple[int, int]:
     """Units and chunks, as the kernels that gather want them; unread without partials."""
     return (1, 1) if partials is None else (partials.shape[2], partials.shape[3])
+
+
+def of_samples(partials: Tensor, samples: int) -> Tensor:
+    """The parts of frames as parts of so many samples, each of which has several."""
+    return partials.unflatten(1, (samples, -1)).transpose(2, 3).flatten(3).contiguous()
 
 
 def note(x: Tensor, partials: Tensor) -> None:

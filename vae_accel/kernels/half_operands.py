@@ -80,19 +80,18 @@ def scaled(x: Tensor, history: Tensor | None, weight: Tensor) -> tuple[Tensor, T
 
 def _unit(x: Tensor) -> Tensor:
     """A power of two: the largest magnitude divided by it is in [2^12, 2^13), or below. inf where `x` is not finite."""
-    largest = torch.linalg.vector_norm(bordered.pixels_of(x) if bordered.is_bordered(x) else x, float("inf"))
+    zeros = bordered.is_bordered(x) and bordered.geometry(x).border == "zeros"  # other borders may be open
+    largest = torch.linalg.vector_norm(bordered.pixels_of(x) if zeros else x, float("inf"))
     power = (largest.float().view(torch.int32) & 0x7F800000).view(torch.float32)  # its exponent alone
     return power.clamp_min(SMALLEST) / HIGHEST
 
 
 def _halved(x: Tensor, factor: Tensor) -> Tensor:
     """`x` by a power of two as a bordered clip of fp16."""
-    place = bordered.geometry(x)
-    pixels = torch.empty((place.pixels, x.shape[1]), dtype=torch.float16, device=x.device)
-    out = bordered.view(pixels, x.shape)
+    out = bordered.empty(x.shape, torch.float16, x.device, bordered.geometry(x).border)
     if bordered.is_bordered(x):
-        torch.mul(bordered.pixels_of(x), factor, out=pixels)
+        torch.mul(bordered.pixels_of(x), factor, out=bordered.pixels_of(out))
     else:
-        bordered.clear_border(pixels, place)
+        bordered.clear_border(bordered.pixels_of(out), bordered.geometry(out))
         torch.mul(x, factor, out=out)
     return out

@@ -28,6 +28,8 @@ from ._dispatch import (
     signature,
     triton_available,
 )
+from .bordered import repeated
+from .group_statistics import layout
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -65,14 +67,19 @@ def reference(
 
 @LazyKernel
 def _rms_norm(
-    x, out, weight, bias, eps, C, S, stride_n, stride_c, stride_s, out_n, out_c, out_s,
-    L2: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, out, weight, bias, eps, C, S, stride_n, stride_c, stride_s, out_n, out_c, out_s, ROW, FRAME, H, W,
+    BORDER: tl.constexpr, L2: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """`BORDER`: what is repeated around the pictures of a bordered clip, an index of `BORDERS`, or None."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     inside = (row < S) & (col < C)
-    source = x + batch * stride_n + row * stride_s + col.to(tl.int64) * stride_c
+    place = row
+    if BORDER is not None:
+        place = repeated(row.to(tl.int32), ROW, FRAME, H, W, BORDER).to(tl.int64)
+    source = x + batch * stride_n + place * stride_s + col.to(tl.int64) * stride_c
     value = tl.load(source, mask=inside, other=0).to(tl.float32)
     square = tl.sum(value * value, axis=1, keep_dims=True)
     if L2:
@@ -92,9 +99,17 @@ def _rms_norm(
 
 
 def _launch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str, dtype: torch.dtype | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: bool,
+    mode: str,
+    dtype: torch.dtype | None,
+    out: Tensor | None = None,
+    border: bordered.Geometry | None = None,
 ) -> Tensor:
-    out = empty_in_layout_of(x, dtype=dtype)
+    out = empty_in_layout_of(x, dtype=dtype) if out is None else out
     if x.numel() == 0:
         return out
     x = flattenable(x)
@@ -108,11 +123,25 @@ def _launch(
     with torch.cuda.device_of(x):
         _rms_norm[-(-S // ROWS), batch](
             x, out, weight, bias, eps, C, S, x.stride(0), x.stride(1), flat_stride(x.shape[2:], x.stride()[2:]),
-            out.stride(0), out.stride(1), flat_stride(out.shape[2:], out.stride()[2:]),
-            L2=mode == "l2", ACT=act, SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS,
+            out.stride(0), out.stride(1), flat_stride(out.shape[2:], out.stride()[2:]), *layout(border),
+            BORDER=None if border is None else bordered.BORDERS.index(border.border), L2=mode == "l2", ACT=act,
+            SATURATE=dtype == torch.float16, ROWS=ROWS, COLS=COLS,
             num_warps=WARPS if ROWS * COLS <= 2 * TILE else 2 * WARPS,
         )  # fmt: skip
     return out
+
+
+def _launch_bordered(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: bool, mode: str, dtype: torch.dtype | None
+) -> Tensor:
+    """A bordered clip to a bordered clip: all pixels are one axis, of which zeros stay zeros and others repeat."""
+    place = bordered.geometry(x)
+    out = bordered.empty(x.shape, dtype or x.dtype, x.device, place.border)
+    repeats = place if place.border != "zeros" else None
+    end = place.pixels if repeats is None else place.frames * place.frame
+    source, target = (bordered.pixels_of(t)[:end].T.unsqueeze(0) for t in (x, out))
+    _launch(source, weight, bias, eps, act, mode, dtype, target, repeats)
+    return bordered.view(bordered.pixels_of(out), x.shape, place.border, filled=True)
 
 
 def _run(
@@ -160,11 +189,8 @@ def rms_norm_act(
             raise ValueError(f"{name} must have {x.shape[1]} elements, one a channel, got {tuple(parameter.shape)}")
     if differentiates(x, weight, bias):
         return reference(x, weight, bias, eps, act=act, mode=mode, dtype=dtype)
-    if bordered.is_bordered(x) and bias is None and triton_available(x):
-        # Zeros stay zeros, so the border needs no care: all pixels, border and all, are one axis.
-        pixels = bordered.pixels_of(x).T.unsqueeze(0)
-        out = _launch(pixels, weight, None, eps, act, mode, dtype)
-        return bordered.view(out.squeeze(0).T, x.shape)
+    if bordered.is_bordered(x) and triton_available(x) and (bias is None or bordered.geometry(x).border != "zeros"):
+        return _launch_bordered(x, weight, bias, eps, act, mode, dtype)
     run = _op if torch.compiler.is_compiling() else _run
     return run(x, weight, bias, eps, act, mode, dtype)
 
@@ -173,4 +199,5 @@ def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests."""
     pointers = {"x": "bf16", "out": "bf16", "weight": "bf16"}
     shape = {"bias": None, "ACT": True, "SATURATE": True, "ROWS": 32, "COLS": 128}
-    return [signature(_rms_norm, pointers, {**shape, "L2": L2}) for L2 in (True, False)]
+    forms = [(True, None), (False, None), (True, 1)]
+    return [signature(_rms_norm, pointers, {**shape, "L2": L2, "BORDER": border}) for L2, border in forms]

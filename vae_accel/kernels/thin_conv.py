@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import conv
+from .conv_law import has_form
 from .eligible import unsupported
 from .half_operands import scaled
 from .tile_choice import choose
@@ -28,26 +29,32 @@ COLUMNS = (32, 64, 128)  # so many of 9 times the output channels
 MOST = COLUMNS[-1] // 9
 
 
-@lazy_kernel(alike="frames T K FRAME")
+@lazy_kernel(alike="frames T S K FRAME")
 def _products(
-    x, history, w, out, frames, T, K, FRAME,
-    BEFORE: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    x, history, w, out, frames, T, S, K, FRAME,
+    BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: [pixels, C]. `w`: [COLS, KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, the border with it."""
+    """`x`, `history`: [pixels, C]. `w`: [COLS, KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, the border with it.
+
+    `REPEAT` and the numbers of frames as in `conv`.
+    """
     f = tl.program_id(0) % frames
     o0 = tl.program_id(0) // frames * ROWS
     n = f // T
     t = f % T
     acc = tl.full([ROWS, COLS], 0, tl.float32)
-    here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
-    if BEFORE:
+    here = 0 if REPEAT else tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
+    if BEFORE and not REPEAT:
         past = (n * K + K + t - BEFORE) * FRAME + o0
         for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
             acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
-    now = (f + n * (KT - 1 - BEFORE) - BEFORE) * FRAME + o0  # a sample of x has T + KT - 1 - BEFORE frames
+    now = (n * S + t - BEFORE) * FRAME + o0
     for i in tl.range(here * KB, KT * KB, num_stages=STAGES):
-        acc = tl.dot(x.load([now + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
+        s = i // KB
+        if REPEAT:
+            s = tl.minimum(tl.maximum(s, BEFORE - t), S - 1 + BEFORE - t)
+        acc = tl.dot(x.load([now + s * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
     pixel = o0 + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     tl.store(out + (f.to(tl.int64) * COLS + col) * FRAME + pixel, acc, mask=pixel < FRAME)
@@ -69,7 +76,7 @@ def _gather(
         value = tl.full([BLOCK], 0, tl.float32)
         for tap in tl.static_range(9):
             pixel = (h + tap // 3) * ROW + w + tap % 3
-            # Below the last row is the next frame's border, of which this frame's planes hold nothing.
+            # Below the last row may be the next frame's zeros, of which this frame's planes hold nothing.
             value += tl.load(y + (plane + tap * O + o) * FRAME + pixel, mask=inside & (pixel < FRAME), other=0)
         if unit is not None:
             value *= tl.load(unit)
@@ -85,36 +92,47 @@ def tile_of(channels_in: int, channels_out: int) -> Tile:
 
 
 def thin_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, before: int = 0, history: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: int = 0,
+    history: Tensor | None = None,
+    after: int = 0,
+    time: str = "zeros",
+    space: str = "zeros",
 ) -> Tensor:
-    """`conv` of `[N, I, (T,) H, W]` by `[O, I, (kt,) 3, 3]`, O <= 14, with one pixel of zeros around each frame.
+    """`conv` of `[N, I, (T,) H, W]` by `[O, I, (kt,) 3, 3]`, O <= 14, with one pixel around each frame.
 
-    `before` and `history` as in `conv`. The result is `[N, O, (T',) H, W]` in the weight's dtype; our kernel's is
+    What is around it as in `conv`. The result is `[N, O, (T',) H, W]` in the weight's dtype; our kernel's is
     contiguous.
 
     Raises:
         ValueError: more output channels than the planes are for.
     """
-    o, i, *time = weight.shape[:-2]
+    o, i, *in_time = weight.shape[:-2]
     if o > MOST:
         raise ValueError(f"thin_conv makes at most {MOST} channels, and was asked for {o}")
     rule = tile_of(i, o)
     products = weight.new_empty((rule.cols, i, 1, 1))
-    ours = not differentiates(x, weight, bias, history) and unsupported(x, products, (0, 0)) is None
+    ours = not differentiates(x, weight, bias, history) and has_form(x, before, history, after, time, space)
+    ours = ours and unsupported(x, products, (0, 0)) is None
     tile = choose(key_of("thin_conv", x, weight), rule, x.device) if ours else None
     if tile is None:
-        return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
+        around: dict[str, Any] = {"before": before, "history": history, "after": after, "time": time, "space": space}
+        return conv(x, weight, bias, padding=(1, 1), **around)
     columns, depth, unit = tile.cols, tile.depth, None
     if x.dtype == torch.float32:
         x, history, weight, unit = scaled(x, history, weight)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
-    x = bordered.bordered(x)
-    history = None if history is None else bordered.bordered(history, x.dtype)
+    x = bordered.bordered(x, border=space)
+    history = None if history is None else bordered.bordered(history, x.dtype, space)
     n, kt, place = x.shape[0], taps.shape[1], bordered.geometry(x)
-    frames = (place.frames // n + before - kt + 1) * n
+    frames_in = place.frames // n
+    frames = (frames_in + before + after - kt + 1) * n
     y = torch.empty((frames, columns, place.frame), dtype=torch.float32, device=x.device)
-    out = x.new_empty((n, o, *([frames // n] if time else []), *x.shape[-2:]), dtype=weight.dtype)
+    out = x.new_empty((n, o, *([frames // n] if in_time else []), *x.shape[-2:]), dtype=weight.dtype)
     total = out[0, 0].numel()
     if _dispatch.tally is not None:
         _dispatch.tally("_products", 0, x.numel() * x.element_size() + y.numel() * y.element_size())
@@ -122,9 +140,10 @@ def thin_conv(
     with torch.cuda.device_of(x):
         _products[(frames * -(-place.frame // tile.rows),)](
             rows_of(x, 1, tile), rows_of(x if history is None else history, 1, tile),
-            block_of(matrix, columns, tile), y, frames, frames // n, 0 if history is None else history.shape[2],
-            place.frame, BEFORE=before, KT=kt, KB=matrix.shape[1] // (kt * depth), **tile.constexprs(),
-            num_warps=tile.warps,
+            block_of(matrix, columns, tile), y, frames, frames // n, frames_in,
+            0 if history is None else history.shape[2], place.frame,
+            BEFORE=before, REPEAT=time == "replicate" and history is None, KT=kt,
+            KB=matrix.shape[1] // (kt * depth), **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
         _gather[-(-total // 512), n](
             y, bias, unit, out, total, frames // n, place.height, place.width, place.row, place.frame,
@@ -137,9 +156,10 @@ def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(96, 3)
     gathered = {"COLS": tile.cols, "O": 3, "BLOCK": 512}
+    taps = {"BEFORE": 2, "REPEAT": False, "KT": 3, "KB": 3}
     products = {"x": tile.pixels("fp16"), "history": tile.pixels("fp16"), "w": tile.taps("fp16"), "out": "fp32"}
     return [
-        signature(_products, products, {"BEFORE": 2, "KT": 3, "KB": 3, **tile.constexprs()}, warps=tile.warps),
+        signature(_products, products, {**taps, **tile.constexprs()}, warps=tile.warps),
         signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"unit": None, **gathered}),
         signature(_gather, dict.fromkeys(("y", "bias", "unit", "out"), "fp32"), gathered),
     ]

@@ -115,17 +115,18 @@ def chunks(batch: int, rows: int, room: int) -> list[tuple[slice, slice]]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, budget: int = BUDGET) -> Tensor:
-    """`softmax(q kᵀ · scale) v` of `[N, L, D]`, 16 bits, D a multiple of 8: contiguous `[N, L, D]`.
+    """`softmax(q kᵀ · scale) v` of q `[N, L, D]`, k and v `[N, M, D]`: contiguous `[N, L, D]`.
 
-    Takes `budget` bytes for probabilities, at least those of a tile of queries.
+    In 16 bits, with D a multiple of 8. Takes `budget` bytes for probabilities, at least those of a tile of queries.
     """
     batch, length, width = q.shape
-    tiles = -(-length // KEYS)
-    short = tiles * KEYS - length
+    keys = k.shape[1]
+    tiles = -(-keys // KEYS)
+    short = tiles * KEYS - keys
     k, v = (F.pad(t, (0, 0, 0, short)) if short else t for t in (k, v))
     out = torch.empty((batch, length, width), dtype=q.dtype, device=q.device)
     for samples, rows in chunks(batch, length, budget // (2 * tiles * KEYS)):
-        _attend(q[samples, rows], k[samples], v[samples], out[samples, rows], length, scale)
+        _attend(q[samples, rows], k[samples], v[samples], out[samples, rows], keys, scale)
     return out
 
 

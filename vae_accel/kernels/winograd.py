@@ -219,7 +219,7 @@ def conv_pairs(
     """
     x = bordered.bordered(x)
     residual = None if residual is None else bordered.bordered(residual)
-    if tile is None and conv3x3.takes(x, weight):
+    if tile is None and conv3x3.takes(x, weight, weight.dtype):
         return conv3x3.conv_pairs(x, transformed_taps(weight, 1), bias, residual, weight.dtype)
     n, _, t, h, w = x.shape
     rule = tile_of(*weight.shape[:2])

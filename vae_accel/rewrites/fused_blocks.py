@@ -1,6 +1,6 @@
 """Whole blocks on our own convolution: norm and SiLU once, then a convolution that pads, adds bias and residual itself.
 
-What a block is, and its forward, is the family's (`families/wan.py`, `families/kl.py`). A call that cannot run ours (a
+What a block is, and its forward, is the family's (`families/blocks.py` lists them). A call that cannot run ours (a
 gradient, autocast, training) goes to the forward that was there before, with the other rewrites in it.
 """
 
@@ -28,7 +28,14 @@ class FusedBlocks(Rewrite):
 
     name = "fused_blocks"
     tier = Tier.ROUNDING
-    over = ("causal_padding", "single_frame_conv", "folded_upsample", "conv3d_as_conv2d", "fused_norm_act")
+    over = (
+        "causal_padding",
+        "channels_last",
+        "conv3d_as_conv2d",
+        "folded_upsample",
+        "fused_norm_act",
+        "single_frame_conv",
+    )
     lowers = True
 
     compute_dtype: torch.dtype | None = None

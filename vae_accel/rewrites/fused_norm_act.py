@@ -92,14 +92,21 @@ def group_norm(
     return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act, dtype=dtype)
 
 
-def group_norm_of_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor) -> Tensor:
-    """The GroupNorm inside `by_frame`, which sends it clips [N, C, T, H, W]; a batch of frames [N, C, H, W] as ever."""
+def group_norm_of_frames(
+    module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, input: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The GroupNorm inside `by_frame`, which sends it clips [N, C, T, H, W]; a batch of frames [N, C, H, W] as ever.
+
+    `dtype` as in `group_norm`.
+    """
     if input.dim() != 5:
-        return group_norm(module, below, act, input)
+        return group_norm(module, below, act, input, dtype)
     if _runs_stock(input, module.weight, module.bias) or input.shape[1] != module.num_channels:
         frames = below(input.transpose(1, 2).flatten(0, 1))
         return _silu(frames.unflatten(0, (input.shape[0], -1)).transpose(1, 2), act)
-    return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True)
+    return group_norm_act(
+        input, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True, dtype=dtype
+    )
 
 
 def own_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, hidden_states: Tensor) -> Tensor:
@@ -110,9 +117,13 @@ def own_frames(module: nn.GroupNorm, below: Callable[..., Tensor], act: bool, hi
     return group_norm_act(x, module.num_groups, module.weight, module.bias, module.eps, act=act, per_frame=True)
 
 
-def by_frame(module: nn.Module, below: Callable[..., Tensor], act: bool, norm: str, x: Tensor) -> Tensor:
-    """Mochi's and Cosmos' wrapper around `group_norm_of_frames`, which applies the activation."""
-    return getattr(module, norm)(x) if x.dim() == 5 else below(x)
+def by_frame(
+    module: nn.Module, below: Callable[..., Tensor], act: bool, norm: str, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Mochi's and Cosmos' wrapper around `group_norm_of_frames`, which applies the activation, in `dtype`."""
+    if x.dim() != 5:
+        return below(x)
+    return getattr(module, norm)(x) if dtype is None else getattr(module, norm)(x, dtype=dtype)
 
 
 def modulated(

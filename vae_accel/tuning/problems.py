@@ -58,7 +58,7 @@ def problem(key: Key, seed: int, device: torch.device) -> Problem:
         "weight": (taps.movedim(-1, 1) * (key.channels_in * key.taps) ** -0.5).to(result),
         "bias": torch.randn(key.channels_out, generator=generator, device=device).to(result),
     }
-    if kt > 1:
+    if kt > 1 and key.kernel != "upsample_conv":
         given["history"] = clip(key.channels_in, kt - 1, operands)
     if key.kernel not in ("upsample_conv", "thin_conv"):
         given["residual"] = clip(key.channels_out, frames, result)
@@ -80,7 +80,9 @@ def _problem(key: Key, given: dict[str, Tensor], place: dict[str, Any], pixels: 
     if key.kernel == "thin_conv":
         operation, place = thin_conv.thin_conv, {"before": place["before"]}
     elif key.kernel == "upsample_conv":
-        operation, law, place, pixels = upsample_conv.upsample_conv, upsample_conv.reference, {}, 4 * pixels
+        place = {"double": True, "space": "replicate"} if given["weight"].dim() == 5 else {}
+        operation, law = upsample_conv.upsample_conv, partial(upsample_conv.reference, **place)
+        pixels = (8 if place else 4) * pixels
     ready: dict[str, Any] = dict(given)
     if key.kernel == "winograd":
         frames = torch.cat((ready.pop("history"), given["x"]), 2).float()
