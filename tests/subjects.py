@@ -14,6 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from tests import towers
+from tests.recorder import Recorder
 from tests.tiny import Tiny, image
 from tests.towers import Tower
 from tests.vaes import KL, TABLE
@@ -94,7 +95,7 @@ SUBJECTS: dict[str, Subject] = {
     subject.id: subject
     for subject in (
         *map(autoencoder, (*TABLE, WIDE)),
-        *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES)),
+        *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES, *towers.PACKED)),
         einops_block(),
     )
 }
@@ -126,12 +127,17 @@ def all_rewrites() -> dict[str, Rewrite]:
     classes = [c for c in Rewrite.__subclasses__() if c.__module__.startswith(f"{rewrites.__name__}.")]
     found = [cls() for cls in classes]
     found += [step.rewrite for platform in ALL.values() for step in (*platform.vae, *platform.encoder)]
-    return {label(rewrite): rewrite for rewrite in map(in_any_precision, found)}
+    return {label(rewrite): anywhere(rewrite) for rewrite in map(in_any_precision, found)}
 
 
 def in_any_precision(rewrite: Rewrite) -> Rewrite:
     """A rewrite that a platform keeps to 16 bits is the one with its defaults there, and takes nothing in fp32."""
     return replace(rewrite, fp32=True) if hasattr(rewrite, "fp32") else rewrite
+
+
+def anywhere(rewrite: Rewrite) -> Rewrite:
+    """A rewrite that captures the launches of a card takes nothing on a CPU: there its calls are noted."""
+    return replace(rewrite, capture=Recorder()) if hasattr(rewrite, "capture") else rewrite
 
 
 def label(rewrite: Rewrite) -> str:

@@ -52,7 +52,7 @@ def test_a_pipeline_handed_to_optimize_vae(vae):
 @pytest.mark.parametrize("components", [{}, {"vae": None}, {"unet": nn.Conv2d(1, 1, 1), "scheduler": object()}])
 def test_a_pipeline_without_a_vae(components):
     pipe = SimpleNamespace(components=components)
-    with pytest.raises(ValueError, match="SimpleNamespace has no VAE among its components; pass the module itself"):
+    with pytest.raises(ValueError, match="SimpleNamespace has no VAE and no vision encoder among its components; pass"):
         vae_accel.optimize(pipe)
 
 

@@ -17,10 +17,11 @@ FLOORS = (
     {"settings", "metrics", "kernels"},
     {"edits", "derived", "rewrite"},
     {"families", "parallel"},
+    {"graphs"},
     {"rewrites"},
     {"platforms"},
     {"reports", "api", "streaming"},
-    {"verify", "workloads", "bench", "reports", "results", "profiling", "demo", "tuning"},
+    {"verify", "workloads", "bench", "calls", "timing", "reports", "results", "profiling", "demo", "tuning"},
     {"cli"},
 )
 ROOT = {"__init__", "__main__"}
@@ -145,7 +146,7 @@ def test_importing_the_package_is_cheap():
 
 
 def test_the_public_names_load_no_model_library_and_start_no_cuda_context():
-    names = "optimize, optimize_vae, optimize_encoder, restore, paused, report, platforms, metrics, settings"
+    names = "optimize, optimize_vae, optimize_encoder, restore, paused, report, warmup, platforms, metrics, settings"
     loaded = loaded_by(f"from vae_accel import {names}; import torch; assert not torch.cuda.is_initialized()")
     assert not {"diffusers", "transformers", "triton", "einops"} & loaded
 

@@ -138,11 +138,37 @@ def test_embeddings():
     assert result.max_abs == pytest.approx(2 * golden[1, 3].abs().max().item())
 
 
+def test_embeddings_hold_to_stocks_sqnr_and_cosine():
+    golden = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)).double()
+    noise = torch.randn(400, 64, generator=torch.Generator().manual_seed(1)).double()
+    along = (noise * golden).sum(-1, keepdim=True) / golden.square().sum(-1, keepdim=True) * golden
+    aside = noise - along  # all of an error that turns a row
+    stock = compare_embeddings(golden + 1e-3 * noise, golden)
+    assert stock.cosine_distance == pytest.approx(
+        0.5e-6 * (aside / golden.norm(dim=-1, keepdim=True)).square().sum(-1).mean().item(), rel=1e-3
+    )
+    assert rounding_holds(compare_embeddings(golden + 1.01e-3 * noise, golden), stock) == (True, "")
+    assert rounding_holds(stock, stock) == (True, "")
+    held, why = rounding_holds(compare_embeddings(golden + 1.045e-3 * noise, golden), stock)
+    assert not held and why.startswith("SQNR") and "more than 0.31 dB below stock's" in why
+    turned = replace(stock, cosine_distance=1.1 * stock.cosine_distance)  # 0.41 dB
+    held, why = rounding_holds(turned, stock)
+    assert not held and why.startswith("1 - cosine") and "0.31 dB above" in why
+    assert rounding_holds(replace(stock, cosine_distance=1.07 * stock.cosine_distance), stock)[0]  # 0.29 dB
+    assert not rounding_holds(replace(stock, cosine_distance=math.nan), stock)[0]
+
+
+def test_cosine_distance_has_digits_where_a_cosine_has_none():
+    golden = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).double()
+    near = golden + 1e-9 * torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    assert 0 < compare_embeddings(near, golden).cosine_distance < 1e-17
+
+
 def test_cosine_of_zero_rows():
     zero, one = torch.zeros(1, 4), torch.ones(1, 4)
-    assert metrics.min_cosine(zero, zero) == 1.0
-    assert metrics.min_cosine(zero, one) == 0.0
-    assert math.isnan(metrics.min_cosine(one * math.nan, one))
+    assert metrics.cosine_distances(zero, zero).tolist() == [0.0]
+    assert metrics.cosine_distances(zero, one).tolist() == [1.0]
+    assert math.isnan(metrics.cosine_distances(one * math.nan, one))
 
 
 def test_bad_arguments_name_themselves(clip):

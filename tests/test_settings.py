@@ -42,12 +42,26 @@ def test_switches_take_booleans(value, text):
     assert read(NAMES, channels_last=value).switches["channels_last"] == text
 
 
+OTHERS = (
+    "platform",
+    "tier",
+    "strict",
+    "bf16",
+    "half_operands",
+    "tiles",
+    "graph_keep",
+    "graph_budgets",
+    "graph_pool_mib",
+)
 WRONG = {
     "platform": ("tpu", "auto, cuda, rocm, npu, cpu"),
     "tier": ("lossless", "exact, rounding, lowered"),
     "strict": ("perhaps", "0, 1"),
     "bf16": ("fp8", "0, 1"),
     "conv3d_as_conv2d": ("true", "auto, 0, 1"),
+    "graph_keep": ("0", "a number from 1"),
+    "graph_budgets": ("256,", "numbers with commas between"),
+    "graph_pool_mib": ("2G", "a number from 1"),
 }
 
 
@@ -59,6 +73,13 @@ def test_a_bad_value_names_the_choices(name, monkeypatch):
     monkeypatch.setenv(PREFIX + name.upper(), value)
     with pytest.raises(SettingsError, match=f"{PREFIX}{name.upper()}='{value}': choose one of {choices}"):
         read(NAMES)
+
+
+def test_budgets_are_numbers(monkeypatch):
+    assert read(NAMES).graph_budgets == (256, 512, 1024, 1536)
+    assert read(NAMES, graph_budgets=(64, 128), graph_keep=2).graph_budgets == (64, 128)
+    monkeypatch.setenv("VAE_ACCEL_GRAPH_BUDGETS", "32")
+    assert read(NAMES).graph_budgets == (32,)
 
 
 def test_an_unknown_name_names_those_that_exist(monkeypatch):
@@ -79,7 +100,7 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 def test_the_table_lists_every_variable_with_its_value_now(monkeypatch):
     monkeypatch.setenv("VAE_ACCEL_STRICT", "1")
     rows = {row.name: row for row in table(NAMES)}
-    assert list(rows) == [PREFIX + n.upper() for n in ("platform", "tier", "strict", "bf16", "tiles", *NAMES)]
+    assert list(rows) == [PREFIX + n.upper() for n in (*OTHERS, *NAMES)]
     assert (rows["VAE_ACCEL_STRICT"].value, rows["VAE_ACCEL_STRICT"].default) == ("1", "0")
     assert rows["VAE_ACCEL_TIER"].choices == "exact, rounding, lowered"
     assert all(row.meaning and row.choices for row in rows.values())

@@ -16,6 +16,7 @@ from vae_accel.platforms.base import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 
 class Everything(Platform):
@@ -23,6 +24,7 @@ class Everything(Platform):
     encoder = (
         Step(NativeReshape(), "on", "test"),
         Step(PatchEmbedAsLinear(), "on", "test"),
+        Step(VisionMetadata(), "on", "test"),
         Step(BilinearPosEmbed(), "on", "test"),
     )
 
@@ -49,6 +51,7 @@ def test_fp32_restore_and_state_dict(tower: Tower) -> None:
             torch.testing.assert_close(got, stock, rtol=1e-5, atol=1e-5)
         taken = {o.name: o.taken for o in ledger_of(model).outcomes}
         assert taken["patch_embed_as_linear"] == ([tower.convolution] if tower.convolution else [])
+        assert taken["vision_metadata"] == ([] if tower.metadata is None else [tower.metadata])
         assert taken["bilinear_pos_embed"] == ([] if tower.table is None else [tower.table])
         model.load_state_dict(model.state_dict(), strict=True)
         vae_accel.restore(model)

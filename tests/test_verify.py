@@ -7,8 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vae_accel import bench, platforms, results, verify, workloads
+import vae_accel
+from vae_accel import bench, calls, platforms, results, verify, workloads
 from vae_accel.cli import app
+from vae_accel.kernels.bilinear_pos_embed import reference
 from vae_accel.rewrites import conv3d_as_conv2d
 from vae_accel.rewrites.conv3d_as_conv2d import conv_forward
 
@@ -94,6 +96,24 @@ def test_towers_are_proved_by_their_embeddings():
     proof = verify.verify(tower, tower.tiny(), device="cpu", platform="cuda", each=False)
     assert proof.green and proof.rewrites == {"patch_embed_as_linear": 1, "bilinear_pos_embed": 1}
     assert all(line.ours.min_cosine > 0.999 for line in proof.lines)
+
+
+def test_what_is_small_beside_a_tower_is_timed_by_itself(monkeypatch):
+    monkeypatch.setattr(calls, "SQUARES", (4, 8))
+    tower = workloads.get("qwen3-vl")
+    tower = dataclasses.replace(tower, config={**tower.config, "depth": 1, "deepstack_visual_indexes": [0]})
+    result = bench.bench(tower, tower.size("2*1x4x6"), device="cpu", platform="cuda", runs=1, commit="test")
+    timed = {call.what: call for call in result.calls if call.rewrite != "native_reshape"}
+    assert list(timed) == ["patch_embed.proj on 48x3x2x16x16", "pos_embed to 4x4", "pos_embed to 8x8"]
+    assert all(call.stock_us > 0 and call.ours_us > 0 for call in timed.values())
+    (row,) = result.proof
+    assert row.ours_sqnr > 40 and row.stock_min_cosine > 0.999 and 0 < row.ours_cosine_distance < 1e-4
+
+    stock, ours = (tower.build(torch.bfloat16, "cpu") for _ in range(2))
+    vae_accel.optimize_encoder(ours, platform="cuda", only="bilinear_pos_embed")
+    monkeypatch.setattr(calls.kernel, "bilinear_pos_embed", lambda *args, **options: reference(*args, **options) * 1.01)
+    with pytest.raises(ValueError, match=r"positions of 4x4 are .* off"):
+        calls.of(tower, stock, ours, "embed", tower.size("1x4x6"))
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["list", "--platform", "rocm"], ["env"]], ids=" ".join)

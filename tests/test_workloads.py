@@ -1,10 +1,11 @@
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from vae_accel.workloads import WORKLOADS, Size, decode, encode, get
+from vae_accel.workloads import TOWERS, WORKLOADS, Size, decode, encode, get
 from vae_accel.workloads.inputs import PHOTOGRAPHS, latents, photograph, pixels
 from vae_accel.workloads.weights import build_random
 
@@ -243,3 +244,49 @@ def test_photographs_are_in_the_wheel(name):
 def test_import_is_light():
     code = "import sys, vae_accel.workloads; print([m for m in ('diffusers', 'skimage', 'triton') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_batches_of_grids_in_short():
+    tower = get("qwen2-vl")
+    grids = tower.size("3*1x4x6+2x2x4")
+    assert grids.each == ((1, 4, 6),) * 3 + ((2, 2, 4),) and str(grids) == "3*1x4x6+2x2x4"
+    assert tower.size("1x4x6+1x4x6+1x4x6+2x2x4") == grids
+    fed = tower.inputs("noise", "embed", grids)
+    assert fed["hidden_states"].shape == (3 * 24 + 16, 3 * 2 * 14 * 14) and fed["grid_thw"].tolist()[3] == [2, 2, 4]
+    assert not torch.equal(fed["hidden_states"][:24], fed["hidden_states"][24:48])
+
+
+@pytest.mark.parametrize(
+    "name, text, told",
+    [
+        ("qwen2-vl", "0*1x4x6", "not TxHxW"),
+        ("qwen2-vl", "1x4x0", "not TxHxW"),
+        ("qwen2-vl", "2*", "not TxHxW"),
+        ("qwen2-vl", "1x3x6", "odd side"),
+        ("siglip2", "2x4x6", "images, not clips"),
+        ("dinov2", "1x518x518", "takes images of 1x224x224 only"),
+    ],
+)
+def test_sizes_that_a_tower_does_not_take(name, text, told):
+    with pytest.raises(ValueError, match=told):
+        get(name).size(text)
+
+
+@pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
+def test_towers_run_what_they_are_fed(tower):
+    shallow = {"depth": 1} if tower.form == "packed" else {"num_hidden_layers": 1}
+    deepstack = {"deepstack_visual_indexes": [0]} if tower.name == "qwen3-vl" else {}
+    tower = dataclasses.replace(tower, config={**tower.config, **shallow, **deepstack})
+    model = tower.build(torch.float32, "cpu")
+    fed = tower.inputs("picture", "embed", tower.tiny())
+    before = {k: v.clone() for k, v in fed.items()}
+    with torch.no_grad():
+        out = tower.run(model, "embed", fed)
+    assert out.isfinite().all() and out.std() > 0 and all(torch.equal(fed[k], v) for k, v in before.items())
+    grids = tower.tiny().each
+    if tower.form == "packed":
+        assert len(out) == sum(t * h * w // 4 for t, h, w in grids)
+    elif tower.form == "naflex":
+        assert out.shape == (2, 256, 1152) and fed["pixel_attention_mask"].sum(1).tolist() == [24, 8]
+        image = pixels("picture", (1, 3, 64, 96))[0]
+        assert torch.equal(fed["pixel_values"][0, 7], image[:, 16:32, 16:32].permute(1, 2, 0).reshape(-1))

@@ -17,6 +17,7 @@ from vae_accel.workloads import inputs
 from vae_accel.workloads.weights import randomise
 
 Kind = inputs.Kind
+STILLS = ((1, 8, 10), (1, 4, 6))
 GRIDS = ((1, 8, 10), (3, 4, 6))  # (t, h, w) in patches of the images of one packed batch; weights that are no dyadics
 
 
@@ -25,7 +26,8 @@ class Tower:
     """A row of the table: a class of transformers by name, and keywords of its configuration.
 
     `convolution` is the path of the patch embedding that is a convolution ('' for none), `table` that of the module
-    which resamples a table of positions bilinearly (None for none).
+    which resamples a table of positions bilinearly, `metadata` that of the module which is handed what follows from
+    its grids (None for none).
     """
 
     id: str
@@ -35,6 +37,7 @@ class Tower:
     feed: Callable[[Kind, int], dict[str, Tensor]]
     convolution: str = ""
     table: str | None = None
+    metadata: str | None = None
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh model on the CPU, in eval mode; one seed gives one model."""
@@ -85,6 +88,16 @@ def _muse(kind: Kind, seed: int) -> dict[str, Tensor]:
     return {"pixel_values": feed["hidden_states"], "grid_thw": feed["grid_thw"]}
 
 
+def _stills(kind: Kind, seed: int) -> dict[str, Tensor]:
+    feed = packed(4, temporal=1, grids=STILLS)(kind, seed)
+    return {"pixel_values": feed["hidden_states"], "grid_thw": feed["grid_thw"]}
+
+
+def _kimi(kind: Kind, seed: int) -> dict[str, Tensor]:
+    feed = _stills(kind, seed)
+    return {**feed, "pixel_values": feed["pixel_values"].reshape(-1, 3, 4, 4)}
+
+
 def _paddle(kind: Kind, seed: int) -> dict[str, Tensor]:
     feed = packed(4, temporal=1)(kind, seed)
     return {"pixel_values": feed["hidden_states"].reshape(1, -1, 3, 4, 4), "grid_thw": feed["grid_thw"]}
@@ -119,11 +132,11 @@ def _prompt(kind: Kind, seed: int) -> dict[str, Tensor]:
 
 
 QWEN: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+WIDTHS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 24}
+WINDOWED: dict[str, Any] = {**QWEN, **WIDTHS, "window_size": 16, "fullatt_block_indexes": [1]}
 QWEN3: dict[str, Any] = {
     **QWEN,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "out_hidden_size": 24,
+    **WIDTHS,
     "num_position_embeddings": 36,
     "deepstack_visual_indexes": [0],
 }
@@ -159,7 +172,7 @@ MUSE: dict[str, Any] = {**VIT, "patch_size": 4, "pos_emb_height": 6, "pos_emb_wi
 
 def _qwen3(id: str, name: str, config_class: str | None = None, **config: Any) -> Tower:
     config_class = config_class or f"{name}VisionConfig"
-    return Tower(id, f"{name}VisionModel", config_class, {**QWEN3, **config}, packed(4), "patch_embed.proj", "")
+    return Tower(id, f"{name}VisionModel", config_class, {**QWEN3, **config}, packed(4), "patch_embed.proj", "", "")
 
 
 TABLE = (
@@ -170,21 +183,16 @@ TABLE = (
         {**QWEN, "embed_dim": 32, "hidden_size": 24},
         packed(4),
         "patch_embed.proj",
+        metadata="",
     ),
     Tower(
         "qwen2.5-vl",
         "Qwen2_5_VisionTransformerPretrainedModel",
         "Qwen2_5_VLVisionConfig",
-        {
-            **QWEN,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "out_hidden_size": 24,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        WINDOWED,
         packed(4),
         "patch_embed.proj",
+        metadata="",
     ),
     _qwen3("qwen3-vl", "Qwen3VL"),
     Tower(
@@ -217,6 +225,7 @@ TABLE = (
         "Siglip2VisionConfig",
         {**VIT, "num_patches": 16, "patch_size": 4},
         _naflex,
+        metadata="embeddings",
     ),
     Tower(
         "dinov2",
@@ -237,6 +246,7 @@ HOLDER = Tower(
     _prompt,
     "model.visual.patch_embed.proj",
     "model.visual",
+    "model.visual",
 )
 
 # The other classes that resample a table bilinearly; no pipeline of diffusers 0.42 holds one.
@@ -254,6 +264,7 @@ RELATIVES = (
         packed(4),
         "patch_embed.proj",
         "",
+        "",
     ),
     Tower(
         "paddleocr-vl",
@@ -264,6 +275,38 @@ RELATIVES = (
         "vision_model.embeddings.patch_embedding",
         "vision_model.embeddings",
     ),
-    Tower("muse-spark", "MuseSparkVisionModel", "MuseSparkVisionConfig", MUSE, _muse, "", "patch_embedder"),
-    Tower("muse-glimmer", "MuseGlimmerVisionModel", "MuseGlimmerVisionConfig", MUSE, _muse, "", "patch_embedder"),
+    Tower("muse-spark", "MuseSparkVisionModel", "MuseSparkVisionConfig", MUSE, _muse, "", "patch_embedder", ""),
+    Tower("muse-glimmer", "MuseGlimmerVisionModel", "MuseGlimmerVisionConfig", MUSE, _muse, "", "patch_embedder", ""),
+)
+
+GLM: dict[str, Any] = {**QWEN, **WIDTHS, "image_size": 24}
+DOTS: dict[str, Any] = {**VIT, "patch_size": 4, "adapter_in_dim": 32, "mlp_layer_types": ["dense", "dense"]}
+KIMI: dict[str, Any] = {**VIT, "patch_size": 4, "pos_emb_height": 6, "pos_emb_width": 6}
+MINIMAX: dict[str, Any] = {**VIT, "hidden_size": 48, "patch_size": 4, "image_size": 24}
+
+
+def _packed(id: str, name: str, config_class: str, config: dict[str, Any], feed: Any = None) -> Tower:
+    return Tower(id, name, config_class, config, feed or packed(4), metadata="")
+
+
+# The other classes whose forward takes what follows from the grids; GLM-Image's pipeline holds one. Stock's GLM-4V and
+# GLM-Image take no clips (their embeddings count frames as images), Kimi-K2.5 none of different lengths.
+PACKED = (
+    _packed("qwen2.5-omni", "Qwen2_5OmniVisionEncoder", "Qwen2_5OmniVisionEncoderConfig", WINDOWED),
+    _packed("exaone4.5", "Exaone4_5_VisionModel", "Exaone4_5_VisionConfig", {**WINDOWED, "num_key_value_heads": 1}),
+    _packed("glm4v", "Glm4vVisionModel", "Glm4vVisionConfig", GLM, packed(4, grids=STILLS)),
+    _packed("glm4v-moe", "Glm4vMoeVisionModel", "Glm4vMoeVisionConfig", GLM, packed(4, grids=STILLS)),
+    _packed("glm-ocr", "GlmOcrVisionModel", "GlmOcrVisionConfig", GLM),
+    _packed("glm5-next", "Glm5NextVisionModel", "Glm5NextVisionConfig", GLM),
+    _packed("glm-image", "GlmImageVisionModel", "GlmImageVisionConfig", {**GLM, "spatial_merge_size": 1}, _stills),
+    _packed(
+        "ernie4.5-vl",
+        "Ernie4_5_VLMoeVisionTransformerPretrainedModel",
+        "Ernie4_5_VLMoeVisionConfig",
+        GLM,
+        packed(4, temporal=1),
+    ),
+    _packed("dots3", "Dots3NoteVisionModel", "Dots3NoteVisionConfig", DOTS, _stills),
+    _packed("kimi-k2.5", "Kimi_K25VisionModel", "Kimi_K25VisionConfig", KIMI, _kimi),
+    _packed("minimax-m3-vl", "MiniMaxM3VLVisionModel", "MiniMaxM3VLVisionConfig", MINIMAX, _muse),
 )

@@ -13,6 +13,7 @@ _HOME = {
     "restore": "api",
     "paused": "api",
     "report": "api",
+    "warmup": "api",
     "Report": "reports",
     "Tier": "rewrite",
 }
@@ -33,11 +34,12 @@ __all__ = [
     "restore",
     "settings",
     "verify",
+    "warmup",
     "workloads",
 ]
 
 if TYPE_CHECKING:
-    from vae_accel.api import optimize, optimize_encoder, optimize_vae, paused, report, restore
+    from vae_accel.api import optimize, optimize_encoder, optimize_vae, paused, report, restore, warmup
     from vae_accel.reports import Report
     from vae_accel.rewrite import Tier
     from vae_accel.streaming import decode_stream

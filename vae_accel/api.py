@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,16 +12,19 @@ from vae_accel import platforms
 from vae_accel import settings as env
 from vae_accel.edits import ledger_of
 from vae_accel.families import roles
-from vae_accel.kernels import tile_choice
+from vae_accel.graphs import ahead
+from vae_accel.graphs.capture import CannotCapture
+from vae_accel.kernels import half_operands, tile_choice
 from vae_accel.platforms import base
 from vae_accel.reports import Report, section
 from vae_accel.rewrites import NAMES
+from vae_accel.rewrites.cuda_graph import graphs_of
 
 T = TypeVar("T")
 
 
 def optimize(target: T, *, platform: str | platforms.Platform | None = None, only: Any = None, **settings: Any) -> T:
-    """Makes the VAE of a pipeline, and the vision encoder beside it, faster in place; also takes a single module.
+    """Makes the VAE of a pipeline, and every vision encoder in it, faster in place; also takes a single module.
 
     Args:
         target: a diffusers pipeline, a VAE, or a transformers vision encoder.
@@ -34,12 +37,14 @@ def optimize(target: T, *, platform: str | platforms.Platform | None = None, onl
 
     Raises:
         TypeError: `target` is neither a module nor a pipeline.
-        ValueError: a pipeline without a VAE, an unknown rewrite or platform, a rewrite asked for by name that finds
+        ValueError: a pipeline without either, an unknown rewrite or platform, a rewrite asked for by name that finds
             nothing, weights on the meta device. The model is left as it was.
     """
     parts = _parts(target)
-    if not isinstance(target, nn.Module) and not any(role == "vae" for _, _, role in parts):
-        raise ValueError(f"{type(target).__name__} has no VAE among its components; pass the module itself")
+    if not parts:
+        raise ValueError(
+            f"{type(target).__name__} has no VAE and no vision encoder among its components; pass the module itself"
+        )
     _optimize(parts, platform, only, settings)
     return target
 
@@ -78,6 +83,42 @@ def paused(target: T) -> Iterator[T]:
                 ledger.redo(module)
 
 
+def warmup(
+    target: T,
+    grids: Sequence[Any] = (),
+    *,
+    budgets: Sequence[int] = (),
+    images: Sequence[tuple[int, int, int]] = (),
+    **options: Any,
+) -> T:
+    """Captures the CUDA graphs of the vision towers ahead of their calls. Returns `target`.
+
+    A VAE, whose size of latents nothing here says, captures when a size comes the second time. Told nothing, a tower of
+    packed images (Qwen-VL's) gets the buckets of `VAE_ACCEL_GRAPH_BUDGETS`, any other a graph for one image of its own
+    size.
+
+    Args:
+        target: a pipeline or an encoder that was optimized with `cuda_graph` on.
+        grids: of packed images: one call each, (t, h, w) in patches or a list of them. Exact: bit for bit.
+        budgets: of packed images: output tokens of buckets, which serve any grids that fit; their padded products are
+            of tier `rounding`.
+        images: of other towers: (batch, height, width) in pixels.
+        options: what the caller passes to the tower besides, e.g. `output_hidden_states=True`, as Qwen-Image-Edit does.
+
+    Raises:
+        ValueError: no tower here has graphs, a graph cannot be captured, or `budgets` where the tier is exact.
+    """
+    towers = [each for _, module, role in _parts(target) if role == "encoder" for each in graphs_of(module)]
+    if not towers:
+        raise ValueError(f"no vision tower in this {type(target).__name__} has cuda_graph on; report() says why")
+    for tower, below, graphs in towers:
+        try:
+            ahead.warm(tower, below, graphs, tuple(ahead.calls(grids)), budgets, images, options)
+        except CannotCapture as reason:
+            raise ValueError(f"{type(tower).__name__} cannot be captured: {reason}") from reason
+    return target
+
+
 def report(target: Any) -> Report:
     """What was done to each component of a pipeline, or to a module: prints as text, `as_dict()` for JSON."""
     parts = _parts(target)
@@ -94,6 +135,7 @@ def _optimize(parts: list[tuple[str, nn.Module, str]], platform: Any, only: Any,
         raise TypeError(f"platform must be a name or a Platform, not {type(platform).__name__}")
     settings = env.read(NAMES, **options, platform=platform if isinstance(platform, str) else None)
     tile_choice.use(settings.tiles)
+    half_operands.use(settings.half_operands)
     options = {**options, "only": only}
     before = [(module, ledger_of(module)) for _, module, _ in parts]
     ledgers = []

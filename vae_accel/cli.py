@@ -218,8 +218,8 @@ def print_proof(proof: Proof) -> None:
         "stock",
         "worst frame",
         "stock",
-        "SSIM / cosine",
-        "SQNR dB",
+        "SSIM / cosine (stock)",
+        "SQNR dB (stock)",
         "max error",
         "",
     )
@@ -236,8 +236,8 @@ def print_proof(proof: Proof) -> None:
             f"{stock.psnr:.2f}",
             f"{ours.worst_frame_psnr:.2f} (#{ours.worst_frame})",
             f"{stock.worst_frame_psnr:.2f}",
-            _likeness(ours),
-            f"{ours.sqnr:.2f}",
+            _likeness(ours, stock),
+            f"{ours.sqnr:.2f} ({stock.sqnr:.2f})",
             f"{ours.max_abs:.1e}",
             "[green]holds" if line.holds else "[red]BROKEN",
         )
@@ -305,9 +305,9 @@ def _spread(timing: Any) -> str:
     return f"{timing.median_ms:.1f} ({timing.min_ms:.1f}-{timing.max_ms:.1f})"
 
 
-def _likeness(comparison: Any) -> str:
-    value = comparison.ssim if comparison.min_cosine is None else comparison.min_cosine
-    return "" if value is None else f"{value:.6f}"
+def _likeness(*comparisons: Any) -> str:
+    ours, stock = (c.ssim if c.min_cosine is None else c.min_cosine for c in comparisons)
+    return "" if ours is None else f"{ours:.6f} ({stock:.6f})"
 
 
 def _number(value: float | None) -> str:

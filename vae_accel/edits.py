@@ -38,7 +38,8 @@ class Edit:
 class Outcome:
     """What became of one rewrite. `state` is on, off, or failed (rolled back); `why` says so in words.
 
-    `direction` is the only one it changes (None: both); `counts` is what calls met since: how often, by what it was.
+    `direction` is the only one it changes (None: both); `counts` is what calls met since: how often, by what it was;
+    `bytes` is what it holds of the device's memory beside the model.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
     direction: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
 
 
 @dataclass
@@ -103,10 +105,21 @@ def ledger_of(root: nn.Module) -> Ledger | None:
 
 
 class Pen:
-    """Writes for one rewrite on one root. Edits reach the ledger at once; `rollback` takes back what this pen wrote."""
+    """Writes for one rewrite on one root. Edits reach the ledger at once; `rollback` takes back what this pen wrote.
 
-    def __init__(self, root: nn.Module, ledger: Ledger, by: str, over: tuple[str, ...] = ()):
+    `outcome` is the rewrite's own, for what its calls will meet; None where nothing is reported.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        ledger: Ledger,
+        by: str,
+        over: tuple[str, ...] = (),
+        outcome: Outcome | None = None,
+    ):
         self._root, self._ledger, self._by, self._over = root, ledger, by, over
+        self.outcome = outcome
         self._start = len(ledger.edits)
 
     def method(self, path: str, name: str, function: Callable[..., Any], *facts: Any) -> None:

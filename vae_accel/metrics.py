@@ -19,6 +19,8 @@ from torch import Tensor
 ROUNDING_RMS_RATIO = 1.05
 ROUNDING_WORST_FRAME_DB = 0.5
 ROUNDING_MEAN_PER_RMS = 0.25
+# Of embeddings: SQNR, and 1 - cosine, which also grows as the square of an error. Of stock's 1e-5 in bf16 it is 5e-7.
+ROUNDING_EMBEDDING_DB = 0.2
 # Stock can equal its golden to the last bit (an fp64 model). fp64 arithmetic leaves 260-320 dB, fp32 at most about
 # 150 dB, so beyond 240 dB a difference is fp64 rounding and nothing else.
 ROUNDING_EXACT_SQNR_DB = 240.0
@@ -33,8 +35,9 @@ SSIM_WINDOW = 7  # pixels; the side of scikit-image's default uniform window
 class Comparison:
     """Frames, or embeddings, against a golden. PSNR and SQNR in dB (`inf` when identical), the rest in the data's unit.
 
-    `ssim` is the lowest SSIM of any frame and `min_cosine` the lowest cosine of any embedding (None where they say
-    nothing), `mean` the mean signed error, `values` how many numbers were compared and `frames` in how many frames.
+    `ssim` is the lowest SSIM of any frame, `min_cosine` the lowest cosine of any embedding and `cosine_distance` the
+    mean of 1 - cosine (None where they say nothing), `mean` the mean signed error, `values` how many numbers were
+    compared and `frames` in how many frames.
     """
 
     psnr: float
@@ -48,6 +51,7 @@ class Comparison:
     values: int
     frames: int = 1
     min_cosine: float | None = None
+    cosine_distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,7 @@ def _sums(test: Sequence[Tensor], golden: Sequence[Tensor]) -> _Sums:
 
 def _pair_sums(test: Tensor, golden: Tensor) -> _Sums:
     _check_pair(test, golden)
-    if test.ndim in (4, 5):
-        return _sums(_frames(test), _frames(golden))
-    return _sums([test], [golden])
+    return _sums(_frames(test), _frames(golden)) if test.ndim in (4, 5) else _sums([test], [golden])
 
 
 def _frame_sums(test: Tensor, golden: Tensor) -> _Sums:
@@ -197,15 +199,17 @@ def mean_error(test: Tensor, golden: Tensor) -> float:
     return sums.signed.sum().item() / sums.count
 
 
-def min_cosine(a: Tensor, b: Tensor) -> float:
-    """The lowest cosine between two rows of `[..., D]`. Two zero rows have cosine 1, a zero row and another 0."""
+def cosine_distances(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cosine of every two rows of `[..., D]`, as `[...]` in fp64: of two zero rows 0, of a zero row and another 1.
+
+    Half the squared distance of the rows brought to length 1: subtracted from 1, a cosine in fp32 has no digits left.
+    """
     _check_pair(a, b)
     x, y = a.detach().double(), b.detach().double()
-    norms = x.norm(dim=-1), y.norm(dim=-1)
-    both_zero = (norms[0] == 0) & (norms[1] == 0)
-    product = norms[0] * norms[1]
-    cosine = (x * y).sum(-1) / torch.where(product == 0, 1.0, product)
-    return torch.where(both_zero, 1.0, cosine).amin().item()
+    norms = x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True)
+    x, y = (row / torch.where(norm == 0, 1.0, norm) for row, norm in zip((x, y), norms, strict=True))
+    one_is_zero = ((norms[0] == 0) ^ (norms[1] == 0)).squeeze(-1)
+    return torch.where(one_is_zero, 1.0, (x - y).square().sum(-1) / 2)
 
 
 def compare(test: Tensor, golden: Tensor, *, peak: float, ssim: bool = True) -> Comparison:
@@ -234,6 +238,7 @@ def compare_embeddings(test: Tensor, golden: Tensor) -> Comparison:
     """Embeddings `[..., D]` against a golden of the same shape and device; they have no peak but the golden's own."""
     sums = _pair_sums(test, golden)
     decibel = _psnr(sums, float(golden.amax() - golden.amin()) or 1.0)
+    apart = cosine_distances(test, golden)
     return Comparison(
         psnr=decibel,
         worst_frame_psnr=decibel,
@@ -244,7 +249,8 @@ def compare_embeddings(test: Tensor, golden: Tensor) -> Comparison:
         rms=_rms(sums),
         mean=sums.signed.sum().item() / sums.count,
         values=sums.count,
-        min_cosine=min_cosine(test, golden),
+        min_cosine=1 - float(apart.amax()),
+        cosine_distance=float(apart.mean()),
     )
 
 
@@ -280,6 +286,21 @@ def rounding_holds(ours: Comparison, stock: Comparison) -> tuple[bool, str]:
         return False, (
             f"mean error {ours.mean:+.3e} is {abs(ours.mean) / ours.rms:.2f} of the RMS error "
             f"(floor {ROUNDING_MEAN_PER_RMS}, or stock's own {stock.mean:+.3e})"
+        )
+    return _embeddings_hold(ours, stock)
+
+
+def _embeddings_hold(ours: Comparison, stock: Comparison) -> tuple[bool, str]:
+    """SQNR and mean cosine no further from the golden's than stock's are; true of frames, which have no cosine."""
+    if ours.cosine_distance is None or stock.cosine_distance is None:
+        return True, ""
+    most = ROUNDING_EMBEDDING_DB + 20 * math.log10(1 + 2 / math.sqrt(ours.values))
+    if not stock.sqnr - ours.sqnr <= most:
+        return False, f"SQNR {ours.sqnr:.2f} dB is more than {most:.2f} dB below stock's {stock.sqnr:.2f} dB"
+    if not ours.cosine_distance <= stock.cosine_distance * 10 ** (most / 10):
+        return (
+            False,
+            f"1 - cosine {ours.cosine_distance:.3e} is {most:.2f} dB above stock's {stock.cosine_distance:.3e}",
         )
     return True, ""
 

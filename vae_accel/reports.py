@@ -51,4 +51,5 @@ def _lines(section: Section) -> list[str]:
         if o.state == "on":
             lines += [f"  {'':<22} {n:>4} x {reason}" for reason, n in Counter(o.refused.values()).most_common()]
             lines += [f"  {'':<22} {n:>4} x {what}" for what, n in o.counts.items()]
+            lines += [f"  {'':<22} {o.bytes / 2**20:.1f} MiB held beside the model"] * bool(o.bytes)
     return lines

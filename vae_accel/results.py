@@ -42,7 +42,10 @@ class Speed(_Row):
 
 
 class ProofRow(_Row):
-    """The whole plan's worst line over the kinds of input, in dB against the golden, stock's own beside it."""
+    """The whole plan's worst line over the kinds of input, in dB against the golden, stock's own beside it.
+
+    Of embeddings also their SQNR in dB, the lowest cosine of any, and the mean of 1 - cosine.
+    """
 
     direction: str
     size: str
@@ -54,6 +57,11 @@ class ProofRow(_Row):
     stock_worst_frame_psnr: float
     ours_ssim: float | None
     ours_min_cosine: float | None
+    stock_min_cosine: float | None = None
+    ours_sqnr: float | None = None
+    stock_sqnr: float | None = None
+    ours_cosine_distance: float | None = None
+    stock_cosine_distance: float | None = None
     rms_ratio: float
     identical: bool
 
@@ -106,7 +114,8 @@ class Result(_Row):
 
 def write(result: Result, folder: str | Path) -> Path:
     """Writes a result where the platform's evidence lives; one file a workload, size and dtype."""
-    path = Path(folder) / f"{result.workload}_{result.size}_{result.dtype}.json"
+    size = result.size.replace("*", "of")  # no shell's wildcard: 20of1x24x24
+    path = Path(folder) / f"{result.workload}_{size}_{result.dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(json.loads(result.model_dump_json()), indent=1) + "\n")
     return path

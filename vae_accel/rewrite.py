@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vae_accel.edits import Ledger, Pen
+    from vae_accel.settings import Settings
 
 
 class Tier(str, Enum):
@@ -60,6 +61,10 @@ class Rewrite(ABC):
     direction: ClassVar[str | None] = None
     lowers: ClassVar[bool] = False  # takes compute_dtype
     repairs: ClassVar[bool] = False
+
+    def asked(self, settings: Settings) -> Rewrite:
+        """This rewrite as the user's settings want it; of most there is nothing to set but the switch."""
+        return self
 
     @abstractmethod
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:

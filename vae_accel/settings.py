@@ -36,8 +36,27 @@ class _Variables(BaseSettings):
     bf16: bool = Field(
         False, description="run the rewritten convolutions in bf16 inside a higher-precision model (lowered)"
     )
+    # Its error is up to 1.07 of stock's on an H100, see kernels/half_operands.py.
+    half_operands: bool = Field(
+        False, description="fp32 models: fused_blocks on fp16 operands where stock multiplies in TF32, for the process"
+    )
     tiles: str = Field(
         "auto", description="what `vae-accel tune` found; auto: vae-accel/tiles.json in the user's cache directory"
+    )
+    # A pipeline repeats a few sizes; each more holds its inputs (13 MB of 5476 patches) beside the shared memory.
+    graph_keep: int = Field(8, ge=1, description="cuda_graph: exact graphs a tower keeps; the least recently used goes")
+    # The images that Qwen-Image-Edit shows its encoder: 384x384 are 196 tokens, 1024x1024 are 1369.
+    graph_budgets: str = Field(
+        "256,512,1024,1536",
+        pattern=r"^[1-9]\d*(,[1-9]\d*)*$",
+        description="cuda_graph: output tokens of the buckets that `warmup` captures where it is told nothing",
+    )
+    # Qwen2-VL with 5476 patches peaks at 0.2 GB, at 0.7 GB with its hidden states; graphs of one tower share that.
+    # A FLUX.1 decode at 1024x1024 holds 2.1 GiB. Beside it, never more than a sixteenth of the card: graphs/store.py.
+    graph_pool_mib: int = Field(
+        4096,
+        ge=1,
+        description="cuda_graph: MiB that the graphs of a module may hold together, and 1/16 of the card",
     )
 
 
@@ -49,7 +68,11 @@ class Settings:
     tier: TierName
     strict: bool
     bf16: bool
+    half_operands: bool
     tiles: Path
+    graph_keep: int
+    graph_budgets: tuple[int, ...]
+    graph_pool_mib: int
     switches: dict[str, Switch]
 
 
@@ -62,6 +85,11 @@ class Variable:
     default: str
     choices: str
     meaning: str
+
+
+def tf32_forbidden() -> bool:
+    """NVIDIA's own switch: at 0 its libraries keep fp32 whatever torch allows them."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
 
 
 def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
@@ -82,10 +110,12 @@ def read(rewrites: Iterable[str], **overrides: Any) -> Settings:
         first = error.errors()[0]
         field = str(first["loc"][0]).lower().removeprefix(PREFIX.lower())
         name = field if field in given else PREFIX + field.upper()
-        choices = _choices(fields[field].annotation)
+        choices = _choices(field, fields[field].annotation)
         raise SettingsError(f"{name}={first['input']!r}: choose one of {choices}") from error
     tiles = _tiles_file(values.pop("tiles"))
-    return Settings(switches={n: values.pop(n) for n in names}, tiles=tiles, **values)
+    budgets = tuple(map(int, values.pop("graph_budgets").split(",")))
+    switches = {n: values.pop(n) for n in names}
+    return Settings(switches=switches, tiles=tiles, graph_budgets=budgets, **values)
 
 
 def table(rewrites: Iterable[str]) -> list[Variable]:
@@ -95,7 +125,7 @@ def table(rewrites: Iterable[str]) -> list[Variable]:
     rows = []
     for field, info in _table(names).model_fields.items():
         value = settings.switches[field] if field in settings.switches else getattr(settings, field)
-        default, choices = _text(info.default), _choices(info.annotation)
+        default, choices = _text(info.default), _choices(field, info.annotation)
         rows.append(Variable(PREFIX + field.upper(), _text(value), default, choices, info.description or ""))
     return rows
 
@@ -119,6 +149,8 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
@@ -126,11 +158,15 @@ def _switch(value: Any) -> Any:
     return {True: "1", False: "0"}.get(value, value) if isinstance(value, bool) else value
 
 
-def _choices(annotation: Any) -> str:
+def _choices(field: str, annotation: Any) -> str:
     if annotation is str:
-        return "auto, a file"
+        return {"tiles": "auto, a file"}.get(field, "numbers with commas between")
+    if annotation is int:
+        return "a number from 1"
     return ", ".join(get_args(annotation)) if get_args(annotation) else "0, 1"
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return str(int(value)) if isinstance(value, bool) else str(value)

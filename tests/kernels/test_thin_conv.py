@@ -20,6 +20,7 @@ CASES = {  # x, channels out, kernel, frames in front, frames of history
     "behind two": ((2, 192, 2, 3, 7), 3, (3, 3, 3), 2, 2),
     "one frame behind two": ((2, 8, 1, 1, 1), 2, (3, 3, 3), 2, 2),
     "fewer frames than there were": ((2, 8, 4, 3, 4), 7, (3, 3, 3), 1, None),
+    "more columns": ((1, 16, 3, 3, 5), 12, (3, 3, 3), 2, 2),
     "nothing in front": ((2, 288, 3, 4, 4), 7, (3, 3, 3), 0, None),
 }
 
@@ -96,5 +97,5 @@ def test_without_triton_the_law_runs():
 
 
 def test_more_channels_are_refused():
-    with pytest.raises(ValueError, match="at most 7 channels, and was asked for 8"):
-        thin_conv(torch.zeros(1, 8, 3, 3), torch.zeros(8, 8, 3, 3), None)
+    with pytest.raises(ValueError, match="at most 14 channels, and was asked for 15"):
+        thin_conv(torch.zeros(1, 8, 3, 3), torch.zeros(15, 8, 3, 3), None)

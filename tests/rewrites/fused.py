@@ -3,7 +3,7 @@
 from torch import nn
 
 from tests.subjects import everything, plan
-from vae_accel.edits import ledger_of
+from vae_accel.edits import Outcome, ledger_of
 from vae_accel.platforms import Cuda, base
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
@@ -14,7 +14,12 @@ BESIDE = everything(Cuda)
 
 
 def optimized(model: nn.Module, steps: base.Platform = BESIDE) -> nn.Module:
-    """`model`, in place, of which fused_blocks, the last of the steps, took something."""
+    """`model`, in place, of which fused_blocks took something."""
     base.run(model, steps, steps.vae, "vae", {"strict": True})
-    assert ledger_of(model).outcomes[-1].taken
+    assert outcome_of(model).taken
     return model
+
+
+def outcome_of(model: nn.Module) -> Outcome:
+    """What became of fused_blocks on `model`."""
+    return next(outcome for outcome in ledger_of(model).outcomes if outcome.name == FusedBlocks.name)

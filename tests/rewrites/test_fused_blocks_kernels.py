@@ -16,7 +16,7 @@ from tests import interpreter
 from tests.subjects import WIDE, plan
 from tests.tiny import Tiny, image, video
 from tests.vaes import TABLE
-from vae_accel.kernels import conv, winograd
+from vae_accel.kernels import conv, group_norm_act, winograd
 from vae_accel.kernels.bordered import bordered, is_bordered
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
@@ -127,6 +127,44 @@ def test_pictures(case: Tiny) -> None:
     encoded.check()
 
 
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What norms read once more for its statistics from now on."""
+    seen: list[Tensor] = []
+    gather = group_norm_act.group_statistics
+    monkeypatch.setattr(group_norm_act, "group_statistics", lambda x, *a, **k: seen.append(x) or gather(x, *a, **k))
+    return seen
+
+
+@torch.inference_mode()
+def test_norms_read_a_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for attention, stock's at this width, and the norm behind it; and, in an encoder, the norms behind
+    convolutions of three channels and with a stride, which are the vendor's."""
+    case = IMAGES[0]
+    vae, seen = optimized(case.build(dtype=torch.float16)), passes(monkeypatch)
+    case.decode(vae, noise(2, case.latent_shape[1], 3, 4))
+    assert len(seen) == 2 < sum(isinstance(module, nn.GroupNorm) for module in vae.decoder.modules())
+    seen.clear()
+    case.encode(vae, noise(1, 3, 8, 6))
+    assert len(seen) == 4
+
+
+def brightened(module: Any, args: Any, y: Tensor) -> None:
+    y[:, ::2].mul_(8).add_(3)
+
+
+@torch.inference_mode()
+def test_a_hook_that_writes_between_a_convolution_and_its_norm() -> None:
+    case = IMAGES[0]
+    z, results = noise(1, case.latent_shape[1], 2, 3), []
+    ours, stock = optimized(case.build(dtype=torch.float16)), case.build(dtype=torch.float16)
+    for model in (ours, stock, case.build(dtype=torch.float16).double()):
+        for block in model.decoder.mid_block.resnets:
+            block.conv1.register_forward_hook(brightened)
+            block.register_forward_hook(brightened)
+        results.append(case.decode(model, z.to(model.dtype)))
+    assert_no_further(*results)
+
+
 @pytest.mark.parametrize("case", [CLIPS[1], IMAGES[0]], ids=lambda case: case.id)
 def test_tiles(case: Tiny) -> None:
     """Tiles are views of a latent, and their results are blended in place."""
@@ -163,7 +201,7 @@ def transformed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 TRUNCATED = 2.5
 
 
-@pytest.mark.parametrize("wide, out", [(192, 128), (256, 256)])
+@pytest.mark.parametrize("wide, out", [(192, 128), (384, 384)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_blocks_by_pairs_of_frames(wide: int, out: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no frames in front, one and two, left by one form and read by the other."""
@@ -225,8 +263,8 @@ def trained(block: Any) -> None:
 
 @pytest.mark.parametrize("change", [hooked, adapted, trained])
 def test_nobody_else_sees_transformed_frames(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, seen = optimized_block(residual_block(256, 256)), transformed(monkeypatch)
-    x = noise(2, 256, 2, 3, 5).bfloat16()
+    block, seen = optimized_block(residual_block(384, 384)), transformed(monkeypatch)
+    x = noise(2, 384, 2, 3, 5).bfloat16()
     expected = block(x)
     assert seen == [2, 2]  # by both convolutions
     change(block)

@@ -12,13 +12,12 @@ from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized, outcome_of
 from tests.snapshots import assert_identical, snapshot
 from tests.subjects import WIDE
 from tests.tiny import Tiny, image
 from tests.vaes import TABLE
 from vae_accel import api
-from vae_accel.edits import ledger_of
 from vae_accel.families import image_conv, kl
 from vae_accel.families.blocks import block_of
 from vae_accel.kernels._dispatch import FP16_MAX
@@ -87,7 +86,7 @@ def test_is_stock_in_fp64(case: Tiny, run: Any, steps: base.Platform) -> None:
 @each_case
 def test_every_block_of_these_families_is_taken(case: Tiny) -> None:
     vae = optimized(case.build(dtype=torch.bfloat16))
-    outcome = ledger_of(vae).outcomes[-1]
+    outcome = outcome_of(vae)
     assert not outcome.refused
     for path, module in vae.named_modules():
         if type(module).__name__.endswith(("ResnetBlock2D", "ImageResnetBlock")):
@@ -261,9 +260,11 @@ def test_the_residual_is_added_whoever_convolves() -> None:
     x, residual = torch.randn(2, 4, 5, 3).bfloat16(), torch.randn(2, 6, 5, 3).bfloat16()
     expected = conv(x) + residual
     for given in (x, x.half()):
-        torch.testing.assert_close(image_conv.image_conv(conv, conv, given, residual), expected, atol=0.05, rtol=0)
+        torch.testing.assert_close(
+            image_conv.image_conv(conv, conv, True, given, residual), expected, atol=0.05, rtol=0
+        )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(image_conv.image_conv(conv, conv, x.half(), residual), expected)
+        assert torch.equal(image_conv.image_conv(conv, conv, True, x.half(), residual), expected)
 
 
 @each_case

@@ -10,10 +10,9 @@ from accelerate import cpu_offload
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
-from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized
+from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized, outcome_of
 from tests.subjects import plan
 from tests.vaes import TABLE, Tiny
-from vae_accel.edits import ledger_of
 from vae_accel.families import image_conv, wan_conv
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
@@ -86,7 +85,7 @@ def test_whole_clips_are_those_of_stock(case: Tiny, steps: base.Platform, run: A
 
 @each_case
 def test_every_block_is_taken(case: Tiny) -> None:
-    outcome = ledger_of(optimized(case.build(dtype=torch.bfloat16))).outcomes[-1]
+    outcome = outcome_of(optimized(case.build(dtype=torch.bfloat16)))
     assert not outcome.refused
     vae = case.build()
     blocks = {path for path, m in vae.named_modules() if type(m).__name__.endswith(("ResidualBlock", "AttentionBlock"))}
@@ -124,13 +123,13 @@ def test_convolutions_asked_for_in_bf16_are_left_to_what_lowers_them(case: Tiny)
         vae = case.build()
         base.run(vae, steps, steps.vae, "vae", {"strict": True, "bf16": True})
         results.append(case.decode(vae, latent))
-    outcome = ledger_of(vae).outcomes[-1]
+    outcome = outcome_of(vae)
     assert torch.equal(*results) and not outcome.taken
     reason = "its convolutions are to run in torch.bfloat16, which is what the rewrites beneath it do"
     assert set(outcome.refused.values()) == {reason}
     vae = case.build(dtype=torch.bfloat16)
     base.run(vae, steps, steps.vae, "vae", {"strict": True, "bf16": True})
-    assert ledger_of(vae).outcomes[-1].taken and not ledger_of(vae).outcomes[-1].refused
+    assert outcome_of(vae).taken and not outcome_of(vae).refused
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2-5b", "qwen-image"])
@@ -368,7 +367,7 @@ def test_a_wrong_input_is_told_what_stock_tells() -> None:
 
 @torch.no_grad()
 def test_compiles_as_one_graph() -> None:
-    block = optimized(residual_block(torch.float32), ALONE)
+    block = optimized(residual_block(torch.float32), NORMS)
     x, caches = clip(1, 4, 3, 5, 7, dtype=torch.float32), ([None, None], [None, None])
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     for _ in range(2):

@@ -89,6 +89,20 @@ def test_encode_is_that_of_stock(tiny: Tiny, step: int) -> None:
 
 
 @each_tiny
+@torch.no_grad()
+def test_one_latent_keeps_no_frames(tiny: Tiny) -> None:
+    vae = chunks(tiny.build(dtype=torch.float64), 2)
+    given: list[Any] = []
+    for part in (vae.decoder, vae.encoder):
+        part.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["feat_cache"]), with_kwargs=True)
+    for count in (1, 2):
+        given.clear()
+        vae.decode(latents(tiny, count))
+        vae.encode(pixels(tiny, 4 * count))  # the last three frames are no whole group
+        assert all((cache is None) == (count == 1) for cache in given) and len(given) == 2 * count
+
+
+@each_tiny
 @pytest.mark.parametrize("dtype, ratio", [(torch.float32, 1.2), (torch.bfloat16, 1.05)], ids=str)
 @torch.no_grad()
 def test_rounding_is_no_worse_than_stock(tiny: Tiny, dtype: torch.dtype, ratio: float) -> None:

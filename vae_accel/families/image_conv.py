@@ -16,33 +16,41 @@ from torch import Tensor, nn
 from vae_accel.edits import unusable_weight
 from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import runs, unsupported
+from vae_accel.kernels.eligible import runs, unsupported
+from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
 
 
-def image_conv(conv: Any, below: Callable[..., Tensor], input: Tensor, residual: Tensor | None = None) -> Tensor:
-    """[N, C, H, W], in fp16 beside a bf16 weight if the caller likes, plus `residual` [N, C', H', W']."""
+def image_conv(
+    conv: Any, below: Callable[..., Tensor], normed: bool, input: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """[N, C, H, W], in fp16 beside a bf16 or fp32 weight if the caller likes, plus `residual` [N, C', H', W'].
+
+    `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
+    """
     if _ours(conv, input, residual):
         if residual is None and conv.out_channels <= MOST and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
             return thin_conv(input, conv.weight, conv.bias)
-        return fused(input, conv.weight, conv.bias, padding=conv.padding, residual=residual)
+        return fused(input, conv.weight, conv.bias, padding=conv.padding, residual=residual, statistics=normed)
     x = input.to(conv.weight.dtype) if _is_half(conv, input) else input  # any other dtype is for stock to refuse
     y = below(x)
     return y if residual is None else residual + y
 
 
-def upsampled_conv(conv: Any, below: Callable[..., Tensor], single: bool, input: Tensor, small: bool = False) -> Tensor:
+def upsampled_conv(
+    conv: Any, below: Callable[..., Tensor], single: bool, normed: bool, input: Tensor, small: bool = False
+) -> Tensor:
     """Behind a nearest 2x: with `small`, of [N, C, H, W] before it, to [N, C', 2H, 2W].
 
-    `single`: stock upsamples in fp32, which is a rounding where the model is in fp64.
+    `single`: stock upsamples in fp32, which is a rounding where the model is in fp64. `normed` as in `image_conv`.
     """
     if not small:
         return below(input)
     folded = conv.__dict__.get("_conv_forward")  # folded_upsample's
     if _ours(conv, input, None, folded) and unsupported(input, conv.weight, conv.padding) is None:
-        return upsample_conv(input, conv.weight, conv.bias)
+        return upsample_conv(input, conv.weight, conv.bias, statistics=normed)
     if folded is not None and foldable(input, conv):
         return below(mark(input, single))
     wide = F.interpolate(input.float() if single else input, scale_factor=2.0)
@@ -71,4 +79,4 @@ def _ours(conv: Any, x: Tensor, residual: Tensor | None, known: Any = None) -> b
 
 
 def _is_half(conv: Any, x: Tensor) -> bool:
-    return x.dtype == torch.float16 and conv.weight.dtype == torch.bfloat16
+    return x.dtype == torch.float16 and conv.weight.dtype in HALVED

@@ -5,7 +5,10 @@ blocks of GroupNorm, SiLU and a 3x3 convolution, twice; the shortcut is added by
 rounds. In the middle stands attention with one head over all channels, whose every step but the arithmetic is a view
 of a channels-last picture.
 
-In a bf16 model the norms write fp16, three bits more in front of each convolution, where nothing can overflow it.
+A convolution gathers the statistics of the norm behind it, which is then one pass over the picture instead of two.
+
+In a bf16 model the norms write fp16, three bits more in front of each convolution, where nothing can overflow it; in an
+fp32 model too where stock's convolutions are TF32, which is as many bits.
 """
 
 from __future__ import annotations
@@ -17,16 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae_accel.families.half import ROOM, peaks
 from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
-from vae_accel.kernels._dispatch import FP16_MAX, is_channels_last
+from vae_accel.kernels._dispatch import is_channels_last
 from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.kernels.bordered import dense
-from vae_accel.kernels.conv import wants_fp16
+from vae_accel.kernels.eligible import wants_fp16
 from vae_accel.rewrite import runs_stock
 
 Reach = tuple[float, float]
+
+# What a GroupNorm reads next, as a rule the one of the next block: a sixth of these is read by an upsampling instead.
+NORMED = ("conv1", "conv2", "conv_in", "proj")
 
 
 def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,20 +86,14 @@ def hunyuan_attention(block: Any, below: Callable[..., Tensor], x: Tensor) -> Te
 
 
 def reach(norm: Any, conv: Any) -> float:
-    """Up to how many elements of a group `norm` may write fp16 for `conv` in a bf16 model; 0 where never.
+    """Up to how many elements of a group `norm` may write fp16 for `conv`; 0 where never.
 
-    |GroupNorm| <= sqrt(n) max|gamma| + max|beta| for n elements, whatever comes in, and this keeps a factor 4 from the
-    end of fp16. Read once: should larger weights be loaded later, the norm saturates. Weights on meta (offloaded)
-    cannot be read.
+    |GroupNorm| <= sqrt(n) max|gamma| + max|beta| for n elements, whatever comes in.
     """
-    parameters = [p.detach() for p in (norm.weight, norm.bias, conv.weight)]
-    if any(p.dtype != torch.bfloat16 or p.device.type == "meta" for p in parameters):
+    found = peaks(norm.weight, norm.bias, conv.weight)
+    if found is None or found[1] >= ROOM:
         return 0.0
-    gamma, beta, weight = (float(p.abs().max()) for p in parameters)
-    room = FP16_MAX / 4 - beta
-    if weight >= FP16_MAX / 4 or room <= 0:
-        return 0.0
-    return (room / gamma) ** 2 if gamma else math.inf
+    return ((ROOM - found[1]) / found[0]) ** 2 if found[0] else math.inf
 
 
 def _norm(norm: Any, reach: float, x: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def _upsample(m: Any) -> Block | str | None:
         return found
     (name,) = found.convs
     reason = unlike(m.get_submodule(name))
-    hands = (Hand("", "forward", upsample, (name,)), Hand(name, "forward", upsampled_conv, (False,)))
+    hands = (Hand("", "forward", upsample, (name,)), Hand(name, "forward", upsampled_conv, (False, True)))
     return Block(hands) if reason is None else f"{name}: {reason}"
 
 
@@ -176,7 +177,7 @@ def _with_convs(
 ) -> Block | str:
     reasons = ((name, unlike(m.get_submodule(name))) for name in names)
     refusal = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
-    return refusal or Block((*hands, *(Hand(name, "forward", image_conv) for name in names)), norms)
+    return refusal or Block((*hands, *(Hand(name, "forward", image_conv, (name in NORMED,)) for name in names)), norms)
 
 
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {

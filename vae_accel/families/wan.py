@@ -6,7 +6,8 @@ it rounds. The loops over chunks, the list of caches and its order stay stock's:
 went into a convolution, or "Rep" where an upsampler in time has seen the first latent alone.
 
 In a bf16 model the norms write fp16, three bits more in front of each convolution, where no activation can overflow it:
-an RMS norm is bounded by sqrt(C) |gamma| + |bias| whatever comes in. Frames are then kept in fp16 too.
+an RMS norm is bounded by sqrt(C) |gamma| + |bias| whatever comes in. Frames are then kept in fp16 too. So they do in an
+fp32 model whose convolutions are TF32 in stock, which is as many bits.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_accel.families.half import ROOM, peaks
 from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan_conv import causal_conv, doubling_conv, unlike_causal
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
-from vae_accel.kernels._dispatch import FP16_MAX
 from vae_accel.kernels.attention import FUSED, wide_head_attention
 from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
-from vae_accel.kernels.conv import wants_fp16
+from vae_accel.kernels.eligible import wants_fp16
 from vae_accel.kernels.winograd import suits as in_pairs
 from vae_accel.rewrite import runs_stock
 
@@ -201,16 +202,9 @@ def _kept(x: Tensor, previous: Tensor | None) -> Tensor:
 
 
 def _fits_fp16(norm: Any, conv: Any) -> bool:
-    """Whether in a bf16 model nothing that `conv` multiplies can come near the end of fp16, with a factor 4 to spare.
-
-    Read once: should larger weights be loaded later, the norm saturates. Weights on meta (offloaded) cannot be read.
-    """
-    bias = norm.bias if isinstance(norm.bias, Tensor) else norm.gamma.new_zeros(1)
-    parameters = [p.detach() for p in (norm.gamma, bias, conv.weight)]
-    if any(p.dtype != torch.bfloat16 or p.device.type == "meta" for p in parameters):
-        return False
-    gamma, shift, weight = (float(p.abs().max()) for p in parameters)
-    return max(math.sqrt(norm.gamma.numel()) * gamma + shift, weight) < FP16_MAX / 4
+    """Whether fp16 holds all that `conv` can be given to multiply."""
+    found = peaks(norm.gamma, norm.bias if isinstance(norm.bias, Tensor) else None, conv.weight)
+    return found is not None and math.sqrt(norm.gamma.numel()) * found[0] + found[1] < ROOM
 
 
 def _residual(m: Any) -> Block | str:
@@ -229,7 +223,7 @@ def _attention(m: Any) -> Block | str:
     if reason is not None:
         return reason
     half = _fits_fp16(m.norm, m.to_qkv)
-    hands = (Hand(name, "forward", image_conv) for name in names)
+    hands = (Hand(name, "forward", image_conv, (False,)) for name in names)
     return Block((Hand("", "forward", attention_block, (half,)), *hands), ("norm",) if half else ())
 
 
@@ -242,7 +236,7 @@ def _resample(m: Any) -> Block | str | None:
     return Block((Hand("", "forward", downsample),)) if m.mode in ("downsample2d", "downsample3d") else None
 
 
-_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True,)))
+_UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True, False)))
 
 
 def _up(m: Any) -> Block | str:

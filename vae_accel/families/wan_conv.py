@@ -16,7 +16,9 @@ from vae_accel.edits import unusable_weight
 from vae_accel.families.match import known_as
 from vae_accel.kernels.bordered import clip, pictures
 from vae_accel.kernels.conv import conv as fused
-from vae_accel.kernels.conv import interleaved, runs
+from vae_accel.kernels.conv import interleaved
+from vae_accel.kernels.eligible import runs
+from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
@@ -112,11 +114,11 @@ def _continues(conv: Any, x: Tensor, history: Tensor | None) -> bool:
 
 def _plain(conv: Any, x: Tensor | None) -> Any:
     """In the model's dtype again where a norm wrote fp16."""
-    return x.bfloat16() if x is not None and _is_half(conv, x) else x
+    return x.to(conv.weight.dtype) if x is not None and _is_half(conv, x) else x
 
 
 def _is_half(conv: Any, x: Tensor) -> bool:
-    return x.dtype == torch.float16 and conv.weight.dtype == torch.bfloat16
+    return x.dtype == torch.float16 and conv.weight.dtype in HALVED
 
 
 def _added(y: Tensor, residual: Tensor | None) -> Tensor:

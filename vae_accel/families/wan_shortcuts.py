@@ -13,6 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae_accel.kernels.bordered import is_bordered
+from vae_accel.kernels.duplicate import add_duplicates
 from vae_accel.rewrite import runs_stock
 
 
@@ -23,11 +25,13 @@ def duplicate(
 
     Stock writes the repeated and the shuffled clip, up to 8 times its input each, before it adds.
     """
-    t, h, w = x.shape[2:]
     times, sides = shortcut.factor_t, shortcut.factor_s
-    if residual is None or runs_stock(x, residual) or (first_chunk and t > 1):
+    if residual is None or runs_stock(x, residual) or (first_chunk and x.shape[2] > 1):
         y = below(x, first_chunk=first_chunk)
         return y if residual is None else residual + y
+    if is_bordered(residual):
+        return add_duplicates(residual, x, times, sides, shortcut.repeats, times - 1 if first_chunk else 0)
+    t, h, w = x.shape[2:]
     own = (shortcut.out_channels, *_own(times, sides, shortcut.repeats))
     x = x.unflatten(1, own).permute(0, 1, 5, 2, 6, 3, 7, 4)
     if first_chunk:  # stock drops its leading frames

@@ -2,10 +2,10 @@
 
 Fused kernels end at 256 channels a head; for 384 to 1024 of them `scaled_dot_product_attention` takes a kernel of an
 older architecture (sm80 on Hopper): 7.8 of the 31.5 ms of a Qwen-Image decode. At that width the two products are
-large GEMMs, and the logits between them are few beside the arithmetic: L² of them against 4 L² D operations. So they
-are the vendor's GEMMs, over as many query rows at a time as a budget allows, and one pass over the logits between them.
-The probabilities are rounded once, to v's dtype, and the result divided by the sum of what was rounded: the weights add
-up to one.
+large GEMMs, and the logits between them are few beside the arithmetic: L² of them against 4 L² D operations. So there
+are two products: ours where they were measured (`kernels/wide_head.py`), elsewhere the vendor's over as many query rows
+at a time as a budget allows, and one pass over the logits between them. The probabilities are rounded once, to v's
+dtype, and the result divided by the sum of what was rounded: the weights add up to one.
 
 One pass with a running maximum (Dao, 2023) was slower in Triton at 512 channels (3.4 ms against 1.7 at 16384 pixels on
 an H100; SDPA 4.6), where the sums of a tile fill the registers.
@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import wide_head
 from ._dispatch import LazyKernel, Signature, differentiates, next_power_of_2, signature, triton_available
 
 tl: Any = None  # triton.language, bound at the first launch
 
 FUSED = 256  # channels of the widest head of every fused kernel of `scaled_dot_product_attention`
 BUDGET = 256 << 20  # bytes of fp32 logits at a time: 1.7 ms at 16384 pixels of 512 channels, 6.3 with 32 MiB
-ROW_TILE = 128  # query rows of a GEMM tile: a chunk is a multiple
 KEY_TILE = 64  # keys are padded to a multiple: GEMMs want rows of logits that start at multiples of 16 bytes
 ROW_BLOCK = 16384  # logits of a row that one program holds; longer rows are read twice
 
@@ -67,21 +67,6 @@ def _exponentials(logits, out, sums, L, span, SCALE: tl.constexpr, FITS: tl.cons
         tl.store(sums + row, tl.sum(total, 0))
 
 
-def chunks(batch: int, length: int, budget: int = BUDGET) -> list[tuple[slice, slice]]:
-    """Samples and query rows to take together, so that their fp32 logits stay within `budget` bytes.
-
-    Whole samples where one fits, else rows of one sample; never fewer rows than a GEMM tile has.
-    """
-    rows = budget // (4 * length)
-    samples = max(1, rows // length)
-    rows = length if rows >= length else max(rows // ROW_TILE, 1) * ROW_TILE
-    return [
-        (slice(b, min(b + samples, batch)), slice(r, min(r + rows, length)))
-        for b in range(0, batch, samples)
-        for r in range(0, length, rows)
-    ]
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """`[B, M, K] @ [B, K, N]` of 16 bits, summed and kept in fp32: on CUDA from torch 2.8, else of fp32 copies."""
     if a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype"):
@@ -96,7 +81,7 @@ def _in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int = BUDG
     k, v = (F.pad(t, (0, 0, 0, span - length)) for t in (k, v))
     block = min(next_power_of_2(span), ROW_BLOCK)
     warps = max(1, min(16, block // 512))
-    for samples, rows in chunks(batch, length, budget):
+    for samples, rows in wide_head.chunks(batch, length, budget // (4 * length)):
         logits = _product(q[samples, rows], k[samples].mT)
         powers = torch.empty(logits.shape, dtype=v.dtype, device=v.device)
         sums = torch.empty((*logits.shape[:2], 1), dtype=torch.float32, device=q.device)
@@ -117,7 +102,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if q.dtype.itemsize != 2 or not triton_available(q) or q.numel() == 0:
         return _stock(q, k, v, scale).contiguous()
     with torch.cuda.device_of(q):
-        return _in_chunks(q, k, v, q.shape[2] ** -0.5 if scale is None else scale)
+        form = wide_head.attend if wide_head.suits(q) else _in_chunks
+        return form(q, k, v, q.shape[2] ** -0.5 if scale is None else scale)
 
 
 _op = torch.library.custom_op("vae_accel::wide_head_attention", _run, mutates_args=())

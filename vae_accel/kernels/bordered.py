@@ -13,6 +13,7 @@ is known by a mark on the tensor object, which no view and no result of another 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -65,12 +66,17 @@ def is_bordered(x: Tensor) -> bool:
     return x.data_ptr() == pixels.data_ptr() + first  # else somebody assigned to `x.data`
 
 
-def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A bordered clip whose border before the first picture is zero; all else is for the caller to write."""
+def empty(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, *, versions: bool = False
+) -> Tensor:
+    """A bordered clip of which nothing is written: the border's zeros are the caller's to write too.
+
+    With `versions` it counts them also when it is made in inference mode, so that a write can be seen.
+    """
     frames = shape[0] * (shape[2] if len(shape) == 5 else 1)
     place = Geometry(frames, *shape[-2:])
-    pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
-    pixels[: place.first].zero_()
+    with torch.inference_mode(False) if versions else nullcontext():
+        pixels = torch.empty((place.pixels, shape[1]), dtype=dtype, device=device)
     return view(pixels, shape)
 
 

@@ -6,11 +6,12 @@ bordered clips (`kernels/bordered.py`): a tap is a shift of rows of the matrix `
 one run of `kw * C` numbers, read through a tensor descriptor whose rows overlap. So the inner loop is that of a plain
 matrix product, both operands by the copy engine. A descriptor with height and width in it would need a reshape of the
 first operand, for which Triton 3.6 goes through registers (seen in its IR; the loads of a row stay in shared memory).
+
+Of an fp32 model the operands are fp16 (`kernels/half_operands.py`), bias, residual, sums and result fp32.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,17 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import (
-    Signature,
-    differentiates,
-    empty_in_layout_of,
-    lazy_kernel,
-    signature,
-    triton_available,
-)
+from ._dispatch import Signature, differentiates, empty_in_layout_of, lazy_kernel, signature
 from .causal_pad import causal_pad
+from .eligible import unsupported
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
+from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tile_io import add, begin, block_of, clear_head, finish, frames_of, gather_moments, rows_of, weight_matrix
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -73,14 +70,15 @@ def interleaved(y: Tensor, split: int, like: Tensor) -> Tensor:
     return out
 
 
-@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n")
+@lazy_kernel(alike="frames T K H W ROW FRAME O first channels tiles_n units chunks border")
 def _conv(
-    x, history, w, w2, bias, residual, residual2, out, out2,
-    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n,
-    BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
+    x, history, w, w2, bias, unit, residual, residual2, out, out2, head, partials,
+    frames, T, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
+    NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels]."""
+    clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     side = pid % tiles_n  # neighbours share pixels: first those of a tile, then those of its frames
     f = pid // tiles_n % frames
@@ -92,9 +90,12 @@ def _conv(
     frame = f * split + side // tiles_c
     c0 = side % tiles_c * (COLS + MORE)
     n0 = side // tiles_c * channels + c0
-    acc = begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+    LATE: tl.constexpr = out.dtype == tl.float32  # `half_operands` says why
+    acc = begin(None if LATE else bias, None if LATE else residual, frame, o0, n0, c0, O, ROWS, COLS)
     if MORE:
-        acc2 = begin(bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
+        acc2 = begin(
+            None if LATE else bias, None if LATE else residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE
+        )
     PER: tl.constexpr = KH * KB
     here = tl.maximum(BEFORE - t, 0)  # the first tap in time that sees a frame of x
     if BEFORE:
@@ -110,9 +111,23 @@ def _conv(
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
-    finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    if LATE:
+        acc = add(acc, unit, bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+        if MORE:
+            acc2 = add(acc2, unit, bias, residual2, frame, o0, n0 + COLS, c0 + COLS, O, ROWS, MORE)
+    value, inside = finish(out, acc, frame, o0, c0, ROW, H, W, ROWS, COLS)
+    if partials is not None:
+        gather_moments(
+            partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0, channels, units,
+            NEIGHBOURS, ROWS, COLS,
+        )  # fmt: skip
     if MORE:
-        finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        value, inside = finish(out2, acc2, frame, o0, c0 + COLS, ROW, H, W, ROWS, MORE)
+        if partials is not None:
+            gather_moments(
+                partials, value, inside, frame, frames * split, o0 // ROWS, chunks, c0 + COLS, channels, units,
+                NEIGHBOURS, ROWS, MORE,
+            )  # fmt: skip
 
 
 def _launch(
@@ -124,6 +139,7 @@ def _launch(
     residual: Tensor | None,
     split: int,
     *,
+    statistics: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     n, channels_in, *spatial = x.shape
@@ -131,8 +147,11 @@ def _launch(
     channels_out, kt, kh, kw = weight.shape[0], *((1,) * (4 - weight.dim() + 1) + tuple(weight.shape[2:]))
     frames_out = (time + before - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
+    unit = None
+    if x.dtype == torch.float32:
+        x, history, weight, unit = scaled(x, history, weight)
     x = bordered.bordered(x)
-    out = bordered.empty(shape, weight.dtype, x.device)
+    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
     place = bordered.geometry(x)
     together = _together(x, weight, split)
     tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
@@ -144,18 +163,23 @@ def _launch(
     columns = matrix.shape[0]
     tiles_n = split * -(-(columns // split) // (tile.cols + tile.more))
     frames, frame = n * (frames_out // split), place.frame // together
+    tiles = -(-frame // tile.rows)
+    partials = empty_partials(out, tiles * together) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_conv", 2 * out.numel() * weight[0].numel(), 0)
     with torch.cuda.device_of(x):
-        _conv[(tiles_n * frames * -(-frame // tile.rows),)](
+        _conv[(tiles_n * frames * tiles,)](
             rows_of(x, kw, tile, together), rows_of(x if history is None else history, kw, tile, together),
             block_of(matrix, tile.cols, tile), block_of(matrix, tile.more, tile) if tile.more else None,
-            bias, *sides, frames, frames // n, 0 if history is None else history.shape[2],
-            place.height, place.width // together, place.row // together, frame, columns,
-            0 if kh == 3 else place.first, columns // split, tiles_n,
-            BEFORE=before, KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
-            **tile.constexprs(), num_warps=tile.warps,
+            bias, unit, *sides, bordered.pixels_of(out), partials, frames, frames // n,
+            0 if history is None else history.shape[2], place.height, place.width // together, place.row // together,
+            frame, columns, 0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
+            place.first * out.shape[1],
+            NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, KT=kt, KH=kh,
+            KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
+    if partials is not None:
+        note(out, partials)
     return out
 
 
@@ -174,71 +198,12 @@ def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
     depth = 32 if run % 64 and run > 64 else 64
     if channels_out % 192 == 0 and channels_out % 128:
         return Tile(256, 128, 64, 64, 3, 8)
+    if channels_out % 256 == 0 and taps == 27:
+        return Tile(256, 128, 0, 64, 4, 8) if channels_out >= 1024 else Tile(128, 256, 0, 64, 3, 8)
     if channels_out % 256 == 0:
         return Tile(128, 256, 0, 64, 4, 8)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
     return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
-
-
-def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:
-    """[together * O, taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
-
-    Of pixels taken `together`, the later ones find their taps further on in a longer run. A view where the weight lies
-    channels-last, needs no zeros and has the dtype.
-    """
-    taps = weight.movedim(1, -1).flatten(1, -3).flatten(2)
-    if together > 1:
-        step = weight.shape[1]
-        taps = torch.cat([F.pad(taps, (i * step, (together - 1 - i) * step)) for i in range(together)])
-    short = -taps.shape[2] % depth
-    if short:
-        taps = F.pad(taps, (0, short))
-    return taps.flatten(1).to(dtype)
-
-
-@functools.cache
-def measured_on(device: torch.device) -> bool:
-    """Whether ours was measured on such a card; the CPU, where Triton is interpreted, and meta stand for one."""
-    if device.type != "cuda":
-        return device.type in ("cpu", "meta")
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def runs(x: Tensor) -> bool:
-    """Whether to convolve `x` here and not by the rewrites for the vendor's; on the CPU the reference stands in."""
-    return not x.is_cuda or _unable(x) is None
-
-
-def wants_fp16(x: Tensor) -> bool:
-    """Whether what normalises bf16 `x` had better write fp16: not for the vendor's, which would convert it."""
-    if x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return False
-    return measured_on(x.device) and (not x.is_cuda or triton_available(x))
-
-
-def _unable(x: Tensor) -> str | None:
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"{x.dtype} is no 16-bit type"
-    if not triton_available(x):
-        return "there is no Triton"
-    if torch.compiler.is_compiling():
-        return "a compiler sees through the vendor's"
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bf16 as integers"
-    return None if measured_on(x.device) else "it is measured on compute capability 9.0 alone"
-
-
-def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
-    """Why the vendor's convolution runs instead of ours, or None."""
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return f"{weight.dtype} is no 16-bit type"
-    if (reason := _unable(x)) is not None:
-        return reason
-    if x.shape[1] % 8 or weight.shape[0] % 8:
-        return "the copy engine moves multiples of 16 bytes"
-    if (tuple(weight.shape[-2:]), tuple(padding)) not in (((3, 3), (1, 1)), ((1, 1), (0, 0))):
-        return f"a kernel of {tuple(weight.shape[2:])} with a padding of {tuple(padding)} has no form here"
-    return None
 
 
 def conv(
@@ -251,16 +216,18 @@ def conv(
     history: Tensor | None = None,
     residual: Tensor | None = None,
     split: int = 1,
+    statistics: bool = False,
 ) -> Tensor:
     """`[N, I, (T,) H, W]` convolved by `weight` `[O, I, (kt,) kh, kw]`: `[N, O, (T',) H', W']` in the weight's dtype.
 
     Args:
-        x: activations; fp16 beside a bf16 weight is allowed, and is computed with fp16 operands.
+        x: activations; fp16 beside a bf16 or fp32 weight is allowed, and is computed with fp16 operands.
         padding: zeros around each frame, (height, width).
         before: frames in front of a clip, T' = T + before - (kt - 1).
         history: `[N, I, K, H, W]`, K <= before, the frames directly in front of `x`; the others are zeros.
         residual: like the result; added in fp32 before the one rounding.
         split: the output channels are so many frames: `[N, O / split, T' * split, H, W]`, as an upsampling in time.
+        statistics: a GroupNorm comes next: our kernel notes its statistics beside the result.
 
     The result of our kernel is a bordered clip, which is what the next one reads; of the vendor's, channels-last.
     """
@@ -271,7 +238,7 @@ def conv(
     tile = None if unsupported(x, weight, padding) is not None else _chosen(x, weight, split)
     if tile is None:
         return _vendor(x, weight, bias, padding, before, history, residual, split)
-    return _launch(x, weight, bias, before, history, residual, split, tile=tile)
+    return _launch(x, weight, bias, before, history, residual, split, statistics=statistics, tile=tile)
 
 
 def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
@@ -305,16 +272,20 @@ def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests: all a tile can have, and nothing."""
     wide, plain = tile_of(192, 192, 27), tile_of(96, 96, 9)
     taps = {"KT": 3, "KH": 3, "KB": 9}
-    absent = dict.fromkeys(("w2", "bias", "residual", "residual2", "out2"))
+    absent = dict.fromkeys(("w2", "bias", "unit", "residual", "residual2", "out2", "partials"))
     pixels = {"x": wide.pixels("fp16"), "history": wide.pixels("fp16"), "w": wide.taps("fp16"), "bias": "bf16"}
-    more = {"w2": wide.taps("fp16", wide.more)}
+    more = {"w2": wide.taps("fp16", wide.more), "partials": "fp32", "head": "bf16"}
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
-    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16")}
-    all_of_it = {"BEFORE": 2, "MORE": wide.more, **taps, **wide.constexprs()}
-    nothing = {"BEFORE": 0, "MORE": 0, **taps, **plain.constexprs(), **absent}
+    of_fp32 = more | {"bias": "fp32", "unit": "fp32", "head": "fp32"}
+    for name in ("residual", "out"):
+        of_fp32 |= {name: wide.frames("fp32"), f"{name}2": wide.frames("fp32", wide.more)}
+    least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16"), "head": "fp16"}
+    all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, **taps, **wide.constexprs()}
+    nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, **taps, **plain.constexprs(), **absent}
     return [
-        signature(_conv, pixels | more, all_of_it, warps=wide.warps),
+        signature(_conv, pixels | more, {**all_of_it, "unit": None}, warps=wide.warps),
+        signature(_conv, pixels | of_fp32, all_of_it, warps=wide.warps),
         signature(_conv, least, nothing, warps=plain.warps),
     ]

@@ -24,7 +24,7 @@ from ._dispatch import (
     signature,
     triton_available,
 )
-from .group_statistics import TILE, WARPS, group_statistics, is_picture, layout, walk
+from .group_statistics import TILE, WARPS, combined, group_statistics, is_picture, layout, noted, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -135,15 +135,22 @@ def _launch_bordered(
     each_frame: bool,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros."""
+    """A bordered clip to a bordered clip: all pixels, border and all, are one axis, of which zeros stay zeros.
+
+    The zeros behind a sample are those before the next one; both write them.
+    """
     place, C = bordered.geometry(x), x.shape[1]
     samples = place.frames if each_frame else x.shape[0]
     out = bordered.empty(x.shape, dtype or x.dtype, x.device)
-    body = place.frames * place.frame
-    bordered.pixels_of(out)[body:].zero_()
-    source, target = (bordered.pixels_of(t)[:body].view(samples, -1, C).movedim(-1, 1) for t in (x, out))
+    step = place.frames // samples * place.frame
+    whole = (samples, C, step + place.first), (step * C, 1, C)
+    source, target = (bordered.pixels_of(t).as_strided(*whole) for t in (x, out))
     with torch.cuda.device_of(x):
-        statistics = group_statistics(source, num_groups, eps, border=place)
+        partials = noted(x, num_groups) if each_frame else None
+        if partials is None:
+            statistics = group_statistics(source, num_groups, eps, border=place)
+        else:
+            statistics = combined(partials, num_groups, eps)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
         if _dispatch.tally is not None:

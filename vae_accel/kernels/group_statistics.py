@@ -1,7 +1,9 @@
 """The mean and deviation of groups of channels, split over positions and combined afterwards.
 
 What GroupNorm needs of its first pass over the data (Chan, Golub and LeVeque, 1983), in either dense layout or of a
-bordered clip.
+bordered clip. The parts, fp32 `[3, N, C / neighbours, chunks]`, are mean, squared deviations and number of the
+positions of so many neighbouring channels. Who writes a clip can note them beside it, so that its norm need not read
+it once more.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, bordered
-from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, next_power_of_2, signature
+from ._dispatch import LazyFunction, LazyKernel, Signature, flat_stride, lazy_kernel, next_power_of_2, signature
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -24,6 +26,9 @@ MAX_COLS = 128  # channels among them, at most
 WARPS = 4
 PROGRAMS = 132 * 8  # one wave of the card, no more: a few programs over it are another wave
 STEPS = 8  # tiles a program gathers, at least: each writes a partial that is read again
+COMBINED = 8192  # partials a program combines at a time: a convolution leaves as many of a group of 1024²
+
+_NOTE = "_vae_accel_moments"
 
 
 @LazyFunction
@@ -71,48 +76,47 @@ def _moments(
     shift = lane_mean - block_mean
     block_m2 = tl.sum(lane_m2 + count * shift * shift, axis=0, keep_dims=True)
 
-    partial = partials + (batch * tl.num_programs(0) + tl.program_id(0)) * C + col
-    plane = tl.num_programs(2) * tl.num_programs(0) * C
+    chunks = tl.num_programs(0)
+    partial = partials + (batch * C + col) * chunks + tl.program_id(0)
+    plane = tl.num_programs(2) * C * chunks
     tl.store(partial, block_mean, mask=col < C)
     tl.store(partial + plane, block_m2, mask=col < C)
     tl.store(partial + 2 * plane, tl.broadcast_to(number, [1, COLS]), mask=col < C)
 
 
-@LazyKernel
-def _combine(partials, statistics, C, chunks, eps, BLOCK: tl.constexpr):
-    """Mean and 1/std of one group of one sample from the partials of its channels, by Chan's formula.
+@lazy_kernel(alike="parts")
+def _combine(partials, statistics, parts, eps, BLOCK: tl.constexpr):
+    """Mean and 1/std of one group of one sample from its `parts`, by Chan's formula.
 
     The mean is a guess first, then corrected: in fp32 the first sum is an ulp or two of a large mean off.
     """
-    group, batch = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(0)
-    width = C // groups
-    plane = tl.num_programs(1) * chunks * C
-    mean = partials + batch * chunks * C + group * width
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    places = tl.num_programs(1) * tl.num_programs(0)
+    mean = partials + place * parts
+    m2 = mean + places * parts
+    number = m2 + places * parts
     item = tl.arange(0, BLOCK)
     sums = tl.full([BLOCK], 0, tl.float32)
     counts = tl.full([BLOCK], 0, tl.float32)  # floats: one group of a long clip has more than 2^31 elements
-    for first in range(0, chunks * width, BLOCK):
-        chunk = (first + item) // width
-        offset = chunk * C + (first + item) % width
-        count = tl.load(mean + 2 * plane + offset, mask=chunk < chunks, other=0)
-        sums += tl.load(mean + offset, mask=chunk < chunks, other=0) * count
+    for first in range(0, parts, BLOCK):
+        inside = first + item < parts
+        count = tl.load(number + first + item, mask=inside, other=0)
+        sums += tl.load(mean + first + item, mask=inside, other=0) * count
         counts += count
-    number = tl.sum(counts, axis=0)
-    guess = tl.sum(sums, axis=0) / number
+    total = tl.sum(counts, axis=0)
+    guess = tl.sum(sums, axis=0) / total
     drifts = tl.full([BLOCK], 0, tl.float32)
-    total = tl.full([BLOCK], 0, tl.float32)
-    for first in range(0, chunks * width, BLOCK):
-        chunk = (first + item) // width
-        offset = chunk * C + (first + item) % width
-        count = tl.load(mean + 2 * plane + offset, mask=chunk < chunks, other=0)
-        delta = tl.load(mean + offset, mask=chunk < chunks, other=0) - guess
-        total += tl.load(mean + plane + offset, mask=chunk < chunks, other=0) + delta * delta * count
+    squares = tl.full([BLOCK], 0, tl.float32)
+    for first in range(0, parts, BLOCK):
+        inside = first + item < parts
+        count = tl.load(number + first + item, mask=inside, other=0)
+        delta = tl.load(mean + first + item, mask=inside, other=0) - guess
+        squares += tl.load(m2 + first + item, mask=inside, other=0) + delta * delta * count
         drifts += delta * count
-    drift = tl.sum(drifts, axis=0) / number
-    variance = tl.sum(total, axis=0) / number - drift * drift
-    tl.store(statistics + batch * groups + group, guess + drift)
-    tl.store(statistics + (tl.num_programs(1) + batch) * groups + group, 1.0 / tl.sqrt(variance + eps))
+    drift = tl.sum(drifts, axis=0) / total
+    variance = tl.sum(squares, axis=0) / total - drift * drift
+    tl.store(statistics + place, guess + drift)
+    tl.store(statistics + places + place, 1.0 / tl.sqrt(variance + eps))
 
 
 class Walk(NamedTuple):
@@ -164,22 +168,63 @@ def group_statistics(
     chunks = max(1, min(S // (ROWS * STEPS), PROGRAMS // (columns * batches)))
     rows = -(-S // (chunks * ROWS)) * ROWS
     chunks = -(-S // rows)
-    partials = torch.empty(3 * batches * chunks * C, dtype=torch.float32, device=x.device)
-    statistics = torch.empty((2, batches, num_groups), dtype=torch.float32, device=x.device)
+    partials = torch.empty((3, batches, C, chunks), dtype=torch.float32, device=x.device)
     if _dispatch.tally is not None:
         _dispatch.tally("_moments", 0, x.numel() * x.element_size())
     _moments[chunks, columns, batches](
         x, partials, frames, C, S, rows, *strides, *layout(border), BORDER=border is not None,
         ROWS=ROWS, COLS=COLS, num_warps=WARPS,
     )  # fmt: skip
-    block = min(next_power_of_2(chunks * (C // num_groups)), 2048)
-    _combine[num_groups, batches](partials, statistics, C, chunks, eps, BLOCK=block, num_warps=WARPS)
+    return combined(partials, num_groups, eps)
+
+
+def combined(partials: Tensor, num_groups: int, eps: float) -> Tensor:
+    """fp32 `[2, N, num_groups]`, the mean and 1/std of each group, from parts `[3, N, C / neighbours, chunks]`."""
+    _, batches, units, chunks = partials.shape
+    parts = units // num_groups * chunks
+    statistics = torch.empty((2, batches, num_groups), dtype=torch.float32, device=partials.device)
+    block = min(next_power_of_2(parts), COMBINED)
+    _combine[num_groups, batches](
+        partials, statistics, parts, eps, BLOCK=block, num_warps=max(block * WARPS // TILE, WARPS)
+    )
     return statistics
+
+
+def neighbours_of(channels: int) -> int:
+    """How many channels share a part: two where 32 groups, or 16 or 8, have an even number of channels."""
+    return 2 if channels % 64 == 0 else 1
+
+
+def empty_partials(x: Tensor, chunks: int) -> Tensor:
+    """For a part of each of so many chunks of the frames of a bordered `x`."""
+    frames, units = bordered.geometry(x).frames, x.shape[1] // neighbours_of(x.shape[1])
+    return torch.empty((3, frames, units, chunks), dtype=torch.float32, device=x.device)
+
+
+def layout_of(partials: Tensor | None) -> tuple[int, int]:
+    """Units and chunks, as the kernels that gather want them; unread without partials."""
+    return (1, 1) if partials is None else (partials.shape[2], partials.shape[3])
+
+
+def note(x: Tensor, partials: Tensor) -> None:
+    """Beside `x` as it is now, the parts of each of its frames (of each sample of `[N, C, H, W]`).
+
+    `x` must count its versions, which a tensor made in inference mode does not.
+    """
+    setattr(x, _NOTE, (partials, x.data_ptr(), x._version))
+
+
+def noted(x: Tensor, num_groups: int) -> Tensor | None:
+    """The parts noted beside `x`; None where there are none, where they cut across groups, or `x` was written since."""
+    partials, pointer, version = getattr(x, _NOTE, (None, 0, 0))
+    if partials is None or x.data_ptr() != pointer or x._version != version:
+        return None
+    return partials if partials.shape[2] % num_groups == 0 else None
 
 
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     return [
         signature(_moments, {"x": "bf16", "partials": "fp32"}, {"BORDER": True, "ROWS": 16, "COLS": 128}),
-        signature(_combine, {"partials": "fp32", "statistics": "fp32"}, {"BLOCK": 2048}),
+        signature(_combine, {"partials": "fp32", "statistics": "fp32"}, {"BLOCK": COMBINED}, warps=16),
     ]

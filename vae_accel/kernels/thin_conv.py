@@ -1,4 +1,4 @@
-"""A 3x3 or 3x3x3 convolution to a few channels: 96 -> 3 at the end of a decoder.
+"""A 3x3 or 3x3x3 convolution to a few channels: 96 -> 3 at the end of a decoder, 256 -> 12 at that of Wan 2.2's.
 
 As a product over shifted pixels it reads its input 27 times for 3 columns of a tile that is 16 wide at least (24
 TFLOP/s in cuDNN, 1.03 ms on four frames of 480 x 832). Here one product makes, at each pixel, what it gives to each of
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import conv, unsupported
+from .conv import conv
+from .eligible import unsupported
+from .half_operands import scaled
 from .tile_choice import choose
 from .tile_io import block_of, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
 
-COLUMNS = (32, 64)  # so many of 9 times the output channels
+COLUMNS = (32, 64, 128)  # so many of 9 times the output channels
 MOST = COLUMNS[-1] // 9
 
 
@@ -53,7 +55,7 @@ def _products(
 
 @lazy_kernel(alike="total frames H W ROW FRAME")
 def _gather(
-    y, bias, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
+    y, bias, unit, out, total, frames, H, W, ROW, FRAME, COLS: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """`y` [frames, COLS, FRAME] to `out` [N, O, T, H, W] with T * H * W = total."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -65,12 +67,14 @@ def _gather(
     plane = (n * frames + t).to(tl.int64) * COLS
     for o in tl.static_range(O):
         value = tl.full([BLOCK], 0, tl.float32)
-        if bias is not None:
-            value += tl.load(bias + o).to(tl.float32)
         for tap in tl.static_range(9):
             pixel = (h + tap // 3) * ROW + w + tap % 3
             # Below the last row is the next frame's border, of which this frame's planes hold nothing.
             value += tl.load(y + (plane + tap * O + o) * FRAME + pixel, mask=inside & (pixel < FRAME), other=0)
+        if unit is not None:
+            value *= tl.load(unit)
+        if bias is not None:
+            value += tl.load(bias + o).to(tl.float32)
         target = out + (n * O + o).to(tl.int64) * total + item
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
@@ -83,7 +87,7 @@ def tile_of(channels_in: int, channels_out: int) -> Tile:
 def thin_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, before: int = 0, history: Tensor | None = None
 ) -> Tensor:
-    """`conv` of `[N, I, (T,) H, W]` by `[O, I, (kt,) 3, 3]`, O <= 7, with one pixel of zeros around each frame.
+    """`conv` of `[N, I, (T,) H, W]` by `[O, I, (kt,) 3, 3]`, O <= 14, with one pixel of zeros around each frame.
 
     `before` and `history` as in `conv`. The result is `[N, O, (T',) H, W]` in the weight's dtype; our kernel's is
     contiguous.
@@ -100,7 +104,9 @@ def thin_conv(
     tile = choose(key_of("thin_conv", x, weight), rule, x.device) if ours else None
     if tile is None:
         return conv(x, weight, bias, padding=(1, 1), before=before, history=history)
-    columns, depth = tile.cols, tile.depth
+    columns, depth, unit = tile.cols, tile.depth, None
+    if x.dtype == torch.float32:
+        x, history, weight, unit = scaled(x, history, weight)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
     matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
     x = bordered.bordered(x)
@@ -121,7 +127,7 @@ def thin_conv(
             num_warps=tile.warps,
         )  # fmt: skip
         _gather[-(-total // 512), n](
-            y, bias, out, total, frames // n, place.height, place.width, place.row, place.frame,
+            y, bias, unit, out, total, frames // n, place.height, place.width, place.row, place.frame,
             COLS=columns, O=o, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return out
@@ -130,8 +136,10 @@ def thin_conv(
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(96, 3)
+    gathered = {"COLS": tile.cols, "O": 3, "BLOCK": 512}
     products = {"x": tile.pixels("fp16"), "history": tile.pixels("fp16"), "w": tile.taps("fp16"), "out": "fp32"}
     return [
         signature(_products, products, {"BEFORE": 2, "KT": 3, "KB": 3, **tile.constexprs()}, warps=tile.warps),
-        signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"COLS": tile.cols, "O": 3, "BLOCK": 512}),
+        signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"unit": None, **gathered}),
+        signature(_gather, dict.fromkeys(("y", "bias", "unit", "out"), "fp32"), gathered),
     ]

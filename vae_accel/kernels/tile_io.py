@@ -6,6 +6,8 @@ import functools
 import importlib
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import bordered
@@ -16,12 +18,50 @@ tl: Any = None  # triton.language, bound at the first launch
 
 
 @LazyFunction
+def clear_head(pixels, length, BLOCK: tl.constexpr):
+    """Zeros before the first picture, the first `length` numbers of a clip, a share by each program.
+
+    A fill is a launch of its own: there were 35 in a decode of FLUX.1, beside as many convolutions.
+    """
+    zeros = tl.full([BLOCK], 0, pixels.dtype.element_ty)
+    for first in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        tl.store(pixels + item, zeros, mask=item < length)
+
+
+@LazyFunction
 def finish(out, acc, frame, o0, n0, ROW, H, W, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Stores a tile of a bordered clip. Pixels that are border are zeros."""
+    """Stores a tile of a bordered clip. Pixels that are border are zeros. Returns what it stored and which pixels."""
     row = o0 + tl.arange(0, ROWS)
     inside = (row < H * ROW) & (row % ROW < W)
-    acc = tl.where(inside[:, None], acc, 0.0)
-    out.store([frame, o0, n0], acc.to(out.dtype).reshape(1, ROWS, COLS))
+    value = tl.where(inside[:, None], acc, 0.0).to(out.dtype)
+    out.store([frame, o0, n0], value.reshape(1, ROWS, COLS))
+    return value, inside
+
+
+@LazyFunction
+def gather_moments(
+    partials, value, inside, frame, frames, chunk, chunks, c0, channels, units,
+    NEIGHBOURS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The part a tile has in the statistics of the next norm (`kernels/group_statistics.py`), of the rounded values.
+
+    `value` is zero where a pixel is not `inside`. Of pixels computed together, `channels` are several times `units`,
+    each of them a chunk of its own.
+    """
+    number = tl.sum(inside.to(tl.float32), 0) * NEIGHBOURS
+    part = value.to(tl.float32).reshape(ROWS, COLS // NEIGHBOURS, NEIGHBOURS)
+    mean = tl.sum(tl.sum(part, 2), 0) / tl.maximum(number, 1.0)
+    delta = tl.where(inside[:, None, None], part - mean[None, :, None], 0.0)
+    m2 = tl.sum(tl.sum(delta * delta, 2), 0)
+    unit = c0 // NEIGHBOURS + tl.arange(0, COLS // NEIGHBOURS)
+    together = channels // (NEIGHBOURS * units)
+    plane = frames.to(tl.int64) * units * chunks
+    target = partials + (frame * units + unit % units).to(tl.int64) * chunks + chunk * together + unit // units
+    exists = unit * NEIGHBOURS < channels
+    tl.store(target, mean, mask=exists)
+    tl.store(target + plane, m2, mask=exists)
+    tl.store(target + 2 * plane, tl.full([COLS // NEIGHBOURS], 0, tl.float32) + number, mask=exists)
 
 
 @LazyFunction
@@ -36,8 +76,21 @@ def begin(bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.con
     return acc
 
 
+@LazyFunction
+def add(acc, unit, bias, residual, frame, o0, n0, c0, O, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A finished sum in units of `unit`, if any, and what it did not start from."""
+    if unit is not None:
+        acc *= tl.load(unit)
+    return acc + begin(bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
+
+
 def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
     return _descriptor_class()(base, shape, strides, block)
+
+
+def descriptor_of(x: Tensor, block: list[int]) -> Any:
+    """All of `x`, whose last dimension is dense."""
+    return _descriptor(x, list(x.shape), list(x.stride()), block)
 
 
 @functools.cache
@@ -55,7 +108,7 @@ def rows_of(x: Tensor, kw: int, tile: Tile, together: int = 1) -> Any:
 
 
 def block_of(matrix: Tensor, cols: int, tile: Tile) -> Any:
-    return _descriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [cols, tile.depth])
+    return descriptor_of(matrix, [cols, tile.depth])
 
 
 def frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> Any:
@@ -67,3 +120,19 @@ def frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> Any
     shape = [place.frames, place.frame // together, together * channels]
     strides = [place.frame * channels, together * channels, 1]
     return _descriptor(pixels, shape, strides, [1, tile.rows, cols])
+
+
+def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:
+    """[together * O, taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
+
+    Of pixels taken `together`, the later ones find their taps further on in a longer run. A view where the weight lies
+    channels-last, needs no zeros and has the dtype.
+    """
+    taps = weight.movedim(1, -1).flatten(1, -3).flatten(2)
+    if together > 1:
+        step = weight.shape[1]
+        taps = torch.cat([F.pad(taps, (i * step, (together - 1 - i) * step)) for i in range(together)])
+    short = -taps.shape[2] % depth
+    if short:
+        taps = F.pad(taps, (0, short))
+    return taps.flatten(1).to(dtype)

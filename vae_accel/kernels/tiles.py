@@ -90,7 +90,7 @@ def fits(key: Key, tile: Tile) -> bool:
     """
     at_once = 2 if key.kernel == "winograd" else 1
     stages = tile.stages * at_once * (tile.rows + tile.cols + tile.more) * tile.depth * 2
-    staged = tile.rows * max(tile.cols, tile.more) * 2
+    staged = tile.rows * max(tile.cols, tile.more) * (4 if key.result == "float32" else 2)
     sums = at_once * tile.rows * (tile.cols + tile.more) // (32 * tile.warps)
     return max(stages, staged) <= SHARED and sums <= MOST_SUMS
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
-from .conv import unsupported
+from .eligible import unsupported
+from .group_statistics import empty_partials, layout_of, neighbours_of, note
+from .half_operands import scaled
 from .tile_choice import choose
-from .tile_io import begin, block_of, rows_of
+from .tile_io import add, begin, block_of, clear_head, gather_moments, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -54,12 +56,18 @@ def _fold(weight, out, total, O, C, run, stride_o, stride_h, stride_w, BLOCK: tl
     tl.store(out + item, value.to(out.dtype.element_ty), mask=item < total)
 
 
-@lazy_kernel(alike="frames H W ROW FRAME tiles_n")
+@lazy_kernel(alike="frames H W ROW FRAME tiles_n units chunks border")
 def _upsample_conv(
-    x, w, bias, out, frames, H, W, ROW, FRAME, O, tiles_n,
-    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    x, w, bias, unit, out, partials, frames, H, W, ROW, FRAME, O, tiles_n, units, chunks, border,
+    NEIGHBOURS: tl.constexpr, KB: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [4 O, 2 KB DEPTH]. `out`: its bordered pixels."""
+    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [4 O, 2 KB DEPTH]. `out`: its bordered pixels.
+
+    Of the border, the pixel behind each row of the small picture and the row below it are zeros that go where theirs
+    would: to the right of the large one, and in front of its next row and frame.
+    """
+    clear_head(out, border, 4 * ROWS)
     pid = tl.program_id(0)
     n0 = (pid % tiles_n) * COLS
     phase = pid // tiles_n % 4  # neighbours share pixels
@@ -67,19 +75,27 @@ def _upsample_conv(
     o0 = pid // (tiles_n * 4 * frames) * ROWS
     a = phase // 2
     b = phase % 2
-    acc = begin(bias, None, f, o0, n0, n0, O, ROWS, COLS)
+    acc = begin(None if unit is not None else bias, None, f, o0, n0, n0, O, ROWS, COLS)
     first = f * FRAME + o0 + a * ROW + b
     for i in tl.range(0, 2 * KB, num_stages=STAGES):
         pixels = x.load([first + i // KB * ROW, i % KB * DEPTH])
         acc = tl.dot(pixels, w.load([phase * O + n0, i * DEPTH]).T, acc)
+    if unit is not None:
+        acc = add(acc, unit, bias, None, f, o0, n0, n0, O, ROWS, COLS)
     pixel = o0 + tl.arange(0, ROWS)
     h = pixel // ROW
     v = pixel % ROW
     col = n0 + tl.arange(0, COLS)
     wide = 2 * W + 2
     target = (f * (2 * H + 1) + 2 * h + a + 1).to(tl.int64) * wide + 2 * v + b + 1
-    mask = ((h < H) & (v < W))[:, None] & (col < O)[None, :]
-    tl.store(out + target[:, None] * O + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    inside = (h < H) & (v < W)
+    value = tl.where(inside[:, None], acc, 0.0).to(out.dtype.element_ty)
+    written = (h + a <= H) & (v <= W)
+    tl.store(out + target[:, None] * O + col[None, :], value, mask=written[:, None] & (col < O)[None, :])
+    if partials is not None:
+        gather_moments(
+            partials, value, inside, f, frames, o0 // ROWS * 4 + phase, chunks, n0, O, units, NEIGHBOURS, ROWS, COLS
+        )
 
 
 def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
@@ -104,44 +120,57 @@ def tile_of(channels_in: int, channels_out: int) -> Tile:
     return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = None, *, statistics: bool = False
+) -> Tensor:
     channels_out = weight.shape[0]
     tile = tile or tile_of(x.shape[1], channels_out)
+    unit = None
+    if x.dtype == torch.float32:
+        x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x)
     place = bordered.geometry(x)
     shape = (x.shape[0], channels_out, *x.shape[2:-2], 2 * place.height, 2 * place.width)
-    out = bordered.empty(shape, weight.dtype, x.device)
+    out = bordered.empty(shape, weight.dtype, x.device, versions=statistics)
     pixels = bordered.pixels_of(out)
-    bordered.clear_border(pixels, bordered.geometry(out))
     matrix = folded_taps(weight, x.dtype, tile.depth)
-    tiles_n = -(-channels_out // tile.cols)
+    tiles_n, tiles = -(-channels_out // tile.cols), -(-place.frame // tile.rows)
+    partials = empty_partials(out, 4 * tiles) if statistics else None
     if _dispatch.tally is not None:
         _dispatch.tally("_upsample_conv", 2 * out.numel() * 4 * weight.shape[1], 0)
     with torch.cuda.device_of(x):
-        _upsample_conv[(tiles_n * 4 * place.frames * -(-place.height * place.row // tile.rows),)](
-            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, pixels, place.frames, place.height,
-            place.width, place.row, place.frame, channels_out, tiles_n, KB=matrix.shape[1] // (2 * tile.depth),
+        _upsample_conv[(tiles_n * 4 * place.frames * tiles,)](
+            rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, unit, pixels, partials, place.frames,
+            place.height, place.width, place.row, place.frame, channels_out, tiles_n, *layout_of(partials),
+            bordered.geometry(out).first * channels_out,
+            NEIGHBOURS=neighbours_of(channels_out), KB=matrix.shape[1] // (2 * tile.depth),
             **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
+    if partials is not None:
+        note(out, partials)
     return out
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, statistics: bool = False) -> Tensor:
     """`[N, I, (T,) H, W]` upsampled 2x by nearest and convolved by `[O, I, 3, 3]` with one pixel of zeros around.
 
-    The result `[N, O, (T,) 2H, 2W]` of our kernel is bordered; of the vendor's, as the vendor leaves it.
+    The result `[N, O, (T,) 2H, 2W]` of our kernel is bordered; of the vendor's, as the vendor leaves it. With
+    `statistics` our kernel notes those of a GroupNorm of each frame beside it.
     """
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias)
     tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
-    return reference(x, weight, bias) if tile is None else _launch(x, weight, bias, tile)
+    return reference(x, weight, bias) if tile is None else _launch(x, weight, bias, tile, statistics=statistics)
 
 
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(192, 96)
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "out": "bf16"}
+    operands = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "partials": "fp32"}
+    constants = {"NEIGHBOURS": 2, "KB": 6, **tile.constexprs()}
+    of_bf16, of_fp32 = ({**operands, "bias": dtype, "out": dtype} for dtype in ("bf16", "fp32"))
     return [
         signature(_fold, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),
-        signature(_upsample_conv, convolution, {"KB": 6, **tile.constexprs()}, warps=tile.warps),
+        signature(_upsample_conv, of_bf16, {**constants, "unit": None}, warps=tile.warps),
+        signature(_upsample_conv, {**of_fp32, "unit": "fp32"}, constants, warps=tile.warps),
     ]

@@ -5,7 +5,8 @@ g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2 and g2 to m0 to m3; the pair is m0 + 
 Gray, 2016). The sums of the second transform are formed in the accumulators: m1 and m2 first, then their sum and
 difference, to which m0 and -m3 are added. The first transform is written by the RMS norm and SiLU before the
 convolution. Operands are fp16 on both sides, so that the whole convolution is as close to fp32 as its bf16 result can
-be (relative RMS 1.67e-3, where the vendor's bf16 convolution is at 2.2e-3).
+be (relative RMS 1.67e-3, where the vendor's bf16 convolution is at 2.2e-3). Not in an fp32 model: the rounding of
+transformed operands is 4.3e-4, where TF32 has 3.0e-4 (simulated: operands to nearest, sums in fp64).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import LazyFunction, Signature, lazy_kernel, next_power_of_2, signature, triton_available
-from .conv import measured_on
+from .eligible import measured_on
 from .rms_norm_act import reference as rms_norm_reference
 from .tile_choice import choose
-from .tile_io import begin, block_of, finish, frames_of, rows_of
+from .tile_io import begin, block_of, clear_head, finish, frames_of, rows_of
 from .tiles import Tile, key_of
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -104,13 +105,14 @@ def _transform_taps(weight, out, total, taps, run, padded, stride_o, stride_t, B
     tl.store(target + 3 * taps * padded, (-g2).to(tl.float16), mask=inside)
 
 
-@lazy_kernel(alike="pairs H W ROW FRAME O tiles_n")
+@lazy_kernel(alike="pairs H W ROW FRAME O tiles_n border")
 def _conv_pairs(
-    x, w, bias, residual, out, pairs, H, W, ROW, FRAME, O, tiles_n,
+    x, w, bias, residual, out, head, pairs, H, W, ROW, FRAME, O, tiles_n, border,
     KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`x`: overlapping rows [pixels, 3 C] of four frames a pair. `w`: [O, 4 * 3 * KB DEPTH]."""
     PER: tl.constexpr = 3 * KB
+    clear_head(head, border, 4 * ROWS)
     pid = tl.program_id(0)
     n0 = (pid % tiles_n) * COLS
     pair = pid // tiles_n % pairs
@@ -148,9 +150,11 @@ def suits(x: Tensor, channels_out: int, kernel: tuple[int, ...]) -> bool:
 
 
 def tile_of(channels_out: int, channels_in: int) -> Tile | None:
-    """The tile, or None where the direct form is faster: below 192 channels the input is too large beside the work, and
-    192 outputs do not fit the registers twice (spilled, 460 TFLOP/s; the direct form has 730)."""
-    return Tile(128, 128, 0, 64, 3, 8) if channels_out % 128 == 0 and channels_in >= 192 else None
+    """The tile, or None where the direct form with its norm is faster: below 192 channels the input is too large beside
+    the work; 192 outputs do not fit the registers twice (spilled, 460 TFLOP/s; the direct form has 730); for multiples
+    of 256 the direct form reads its pixels half as often (256 channels: 9.5 ms instead of 9.9; 1024: 4.6 and 4.9)."""
+    suited = channels_out % 256 == 128 and channels_in >= 192
+    return Tile(128, 128, 0, 64, 3, 8) if suited else None
 
 
 def rms_norm_pairs(
@@ -226,9 +230,9 @@ def conv_pairs(
     with torch.cuda.device_of(x):
         _conv_pairs[(tiles_n * pairs * -(-place.frame // tile.rows),)](
             rows_of(x, 3, tile), block_of(matrix, tile.cols, tile), bias, frames_of(residual, tile, tile.cols),
-            frames_of(out, tile, tile.cols), pairs, place.height, place.width, place.row, place.frame,
-            weight.shape[0], tiles_n, KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(),
-            num_warps=tile.warps,
+            frames_of(out, tile, tile.cols), bordered.pixels_of(out), pairs, place.height, place.width, place.row,
+            place.frame, weight.shape[0], tiles_n, place.first * out.shape[1],
+            KB=matrix.shape[1] // (12 * tile.depth), **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -239,7 +243,7 @@ def signatures() -> list[Signature]:
     assert tile is not None
     halves = dict.fromkeys(("history", "out", "kept"), "fp16")
     frames = dict.fromkeys(("residual", "out"), tile.frames("bf16"))
-    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", **frames}
+    convolution = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "bias": "bf16", "head": "bf16", **frames}
     return [
         signature(_norm_pairs, {"x": "bf16", "weight": "bf16", **halves}, {"ACT": True, "ROWS": 16, "COLS": 256}),
         signature(_transform_taps, {"weight": "bf16", "out": "fp16"}, {"BLOCK": 1024}),

@@ -133,7 +133,7 @@ def check(root: nn.Module) -> None:
 
 
 def _step(root: nn.Module, ledger: Ledger, step: Step, settings: env.Settings, only: Sequence[str] | None) -> Outcome:
-    rewrite = step.rewrite
+    rewrite = step.rewrite.asked(settings)
     tier = rewrite.tier
     if settings.bf16 and rewrite.lowers:
         lowered: Any = {"compute_dtype": torch.bfloat16}
@@ -152,7 +152,7 @@ def _step(root: nn.Module, ledger: Ledger, step: Step, settings: env.Settings, o
     if off is not None:
         return Outcome(rewrite.name, tier.value, "off", off)
     outcome = Outcome(rewrite.name, tier.value, "on", step.why, direction=rewrite.direction)
-    pen = Pen(root, ledger, rewrite.name, rewrite.over)
+    pen = Pen(root, ledger, rewrite.name, rewrite.over, outcome)
     try:
         for site in list(rewrite.sites(root, ledger)):
             if site.refused is None:

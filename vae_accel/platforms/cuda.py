@@ -1,10 +1,11 @@
-"""NVIDIA: what is on was measured on an H200 (platforms/cuda/results)."""
+"""NVIDIA: what is on was measured on an H200 or an H100 (platforms/cuda/results)."""
 
 from vae_accel.platforms.base import Platform, Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.causal_padding import CausalPadding
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
@@ -13,6 +14,7 @@ from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 
 class Cuda(Platform):
@@ -28,10 +30,13 @@ class Cuda(Platform):
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "on", "results"),
         Step(HalfDecode(), "off", OPT_IN),
-        Step(FusedBlocks(), "on", "results of Qwen-Image; Wan and AutoencoderKL so far by script (README.md)"),
+        Step(FusedBlocks(), "on", "results"),
+        Step(CudaGraph(names=HALVES), "on", "results"),
     )
     encoder = (
         Step(NativeReshape(), "on", "results"),
         Step(PatchEmbedAsLinear(), "on", "results"),
+        Step(VisionMetadata(), "off", "not measured yet"),
         Step(BilinearPosEmbed(), "on", "results"),
+        Step(CudaGraph(), "on", "results"),
     )

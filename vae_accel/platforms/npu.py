@@ -3,12 +3,14 @@
 from vae_accel.platforms.base import Platform, Step
 from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
+from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
+from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 UNMEASURED = "not measured on hardware"
 
@@ -29,4 +31,6 @@ class Npu(Platform):
     encoder = (
         Step(NativeReshape(), "off", UNMEASURED),
         Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
+        Step(VisionMetadata(), "off", UNMEASURED),
+        Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

@@ -3,6 +3,7 @@
 NAMES = (
     "native_reshape",
     "patch_embed_as_linear",
+    "vision_metadata",
     "bilinear_pos_embed",
     "fused_norm_act",
     "folded_upsample",
@@ -14,4 +15,5 @@ NAMES = (
     "fused_blocks",
     "math_attention",
     "half_decode",
+    "cuda_graph",
 )

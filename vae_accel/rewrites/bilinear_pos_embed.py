@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
-from vae_accel.families import position_embeddings
+from vae_accel.families import position_embeddings, towers
 from vae_accel.families.position_embeddings import PositionTable, Resampling
 from vae_accel.kernels.bilinear_pos_embed import bilinear_pos_embed
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
@@ -29,7 +29,7 @@ from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 class Grid(NamedTuple):
     """What the tower asks its embedding for: (t, h, w) of every image, and the dtype in which positions are added."""
 
-    images: list[tuple[int, int, int]]
+    images: tuple[tuple[int, int, int], ...]
     how: Resampling
     dtype: torch.dtype
 
@@ -38,6 +38,7 @@ class Grid(NamedTuple):
 class BilinearPosEmbed(Rewrite):
     name = "bilinear_pos_embed"
     tier = Tier.ROUNDING
+    over = ("vision_metadata",)
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         for path, module in root.named_modules():
@@ -50,7 +51,7 @@ class BilinearPosEmbed(Rewrite):
             method = position_embeddings.method_of(module)
             table = getattr(module, row.table)
             inner = f"{path}.{row.table}" if path else row.table
-            reason = _unlike_a_table(table) or obstacle(root, ledger, path, str(method))
+            reason = _unlike_a_table(table) or obstacle(root, ledger, path, str(method), self.over)
             reason = reason or obstacle(root, ledger, inner, "forward")
             yield Site(path, reason, {"row": row, "method": method, "table": inner})
 
@@ -62,21 +63,21 @@ class BilinearPosEmbed(Rewrite):
 
 def forward(tower: nn.Module, below: Callable[..., Any], row: PositionTable, *args: Any, **kwargs: Any) -> Any:
     """A tower's `forward(hidden_states, grid_thw, **kwargs)`: stock's, with the positions resampled by the kernel."""
-    thw: Any = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+    patches, thw = towers.call_of(args, kwargs)
     if "interp_indices" in kwargs or "interp_weights" in kwargs:
         return below(*args, **kwargs)
     projection: Any = tower.get_submodule(row.projection)
-    grid = _grid(tower, row, thw, projection.weight.dtype)
+    grid = _grid(tower, row, patches, thw, projection.weight.dtype)
     if grid is None:
         return below(*args, **kwargs)
-    one = torch.ones((1, 1), dtype=torch.bool, device=thw.device)
+    one = torch.ones((1, 1), dtype=torch.bool, device=patches.device)
     return below(*args, **kwargs, interp_indices=grid, interp_weights=one)
 
 
 def interpolate(tower: nn.Module, below: Callable[..., Tensor], row: PositionTable, grid_thw: Any) -> Tensor:
     """`fast_pos_embed_interpolate(grid_thw)` of transformers 4.57: [patches, D] in the table's dtype."""
     table = getattr(tower, row.table)
-    grid = _grid(tower, row, grid_thw, table.weight.dtype)
+    grid = _grid(tower, row, grid_thw, grid_thw, table.weight.dtype)
     return below(grid_thw) if grid is None else table(grid).squeeze(1)
 
 
@@ -100,14 +101,17 @@ def table_forward(table: nn.Embedding, below: Callable[..., Tensor], input: Tens
     return positions.unsqueeze(1)
 
 
-def _grid(tower: nn.Module, row: PositionTable, thw: Any, dtype: torch.dtype) -> Grid | None:
-    """What to ask the table for; None where stock must run."""
+def _grid(tower: nn.Module, row: PositionTable, patches: Any, thw: Any, dtype: torch.dtype) -> Grid | None:
+    """What to ask the table for; None where stock must run. `patches` says where: the weight may be elsewhere yet."""
     table = getattr(tower, row.table)
-    if not isinstance(thw, Tensor) or torch.compiler.is_compiling() or runs_stock(thw, table.weight):
+    if not isinstance(patches, Tensor) or torch.compiler.is_compiling() or runs_stock(patches, table.weight):
+        return None
+    rows = towers.rows_of(thw)
+    if not rows or len(rows[0]) != 3:
         return None
     how = position_embeddings.read(row, tower)
-    images = [(t, w, h) if row.swapped else (t, h, w) for t, h, w in thw.tolist()]
-    if _unlike_a_table(table) or how.side**2 != table.num_embeddings or not images:
+    images = tuple((t, w, h) if row.swapped else (t, h, w) for t, h, w in rows)
+    if _unlike_a_table(table) or how.side**2 != table.num_embeddings:
         return None
     if any(size < 1 or size % how.merge for _, *sizes in images for size in sizes):
         return None

@@ -82,7 +82,7 @@ def frames(vae: Any, z: Tensor, chunks: LatentChunks | None) -> Iterator[Tensor]
 
 def decode(vae: Any, below: Callable[..., Any], chunks: LatentChunks, z: Tensor, return_dict: bool = True) -> Any:
     """`_decode`: [N, Z, T, h, w] -> a DecoderOutput of [N, C, 1 + ratio * (T - 1), H, W]."""
-    if not _takes(vae, z) or z.shape[2] < 2:
+    if not _takes(vae, z):
         return below(z, return_dict=return_dict)
     clip = _collected(frames(vae, z, chunks), 1 + chunked.ratio(vae) * (z.shape[2] - 1))
     if not return_dict:
@@ -94,7 +94,7 @@ def decode(vae: Any, below: Callable[..., Any], chunks: LatentChunks, z: Tensor,
 
 def encode(vae: Any, below: Callable[..., Tensor], chunks: LatentChunks, x: Tensor) -> Tensor:
     """`_encode`: [N, C, T, H, W] -> the moments [N, 2 Z, 1 + (T - 1) // 4, h, w]."""
-    if not _takes(vae, x) or x.shape[2] <= chunked.GROUP:
+    if not _takes(vae, x):
         return below(x)
     step = chunks.step(x, chunked.encode_bytes(vae, x))
     parts = while_memory_lasts(functools.partial(chunked.encoded, vae, x), step)
@@ -104,6 +104,8 @@ def encode(vae: Any, below: Callable[..., Tensor], chunks: LatentChunks, x: Tens
 def _collected(parts: Iterator[Tensor], length: int) -> Tensor:
     """Parts `[N, C, t, H, W]` of a clip of `length` frames in one tensor, in the layout and dtype of the first."""
     first = next(parts)
+    if first.shape[2] == length:
+        return first
     layout = torch.channels_last_3d if is_channels_last(first) else torch.contiguous_format
     shape = (*first.shape[:2], length, *first.shape[3:])
     clip = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inputs import Kind, pixels
@@ -23,39 +25,45 @@ class Grids:
     each: tuple[tuple[int, int, int], ...]
 
     def __str__(self) -> str:
-        return "+".join("x".join(map(str, grid)) for grid in self.each)
+        runs = [("x".join(map(str, grid)), len(list(same))) for grid, same in itertools.groupby(self.each)]
+        return "+".join(f"{n}*{grid}" if n > 1 else grid for grid, n in runs)
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One vision tower. `packed` takes flattened patches and `grid_thw` (Qwen's), otherwise images [N, 3, H, W]."""
+    """One vision tower. `form` is what it takes: `image` [N, 3, H, W] of one size; `packed`, the patches of all images
+    and their `grid_thw` (Qwen's); `naflex`, each image's patches padded to a number of them (SigLIP2's)."""
 
     name: str
     model_class: str
     default_size: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    packed: bool = False
+    form: Literal["image", "packed", "naflex"] = "image"
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
     def size(self, text: str | None = None) -> Grids:
-        """`"1x28x28"` is one image of 28 by 28 patches, `"1x16x16+3x8x8"` two; a fixed-size tower has its own only.
+        """`"1x28x28"` is one image of 28 by 28 patches, `"1x16x16+3x8x8"` two, the second a clip, and
+        `"20*1x24x24"` twenty; a fixed-size tower has its own size only.
 
         Raises:
             ValueError: another form, sides the patch merger cannot pair, or another size than a fixed tower's own.
         """
         text = text or self.default_size
-        if not re.fullmatch(r"\d+x\d+x\d+(\+\d+x\d+x\d+)*", text):
-            raise ValueError(f"{self.name}: size {text!r} is not TxHxW in patches, such as 1x28x28 or 1x16x16+1x8x8")
-        grids = Grids(tuple(tuple(map(int, grid.split("x"))) for grid in text.split("+")))  # type: ignore[misc]
-        if self.packed and any(min(g) < 1 or g[1] % 2 or g[2] % 2 for g in grids.each):
+        found = [re.fullmatch(r"(?:(\d+)\*)?(\d+)x(\d+)x(\d+)", part) for part in text.split("+")]
+        if None in found or 0 in (int(n) for m in found if m for n in m.groups("1")):
+            raise ValueError(f"{self.name}: size {text!r} is not TxHxW in patches, such as 1x28x28 or 20*1x24x24+1x8x8")
+        grids = Grids(tuple(_grid(m) for m in found if m for _ in range(int(m[1] or 1))))
+        if self.form == "packed" and any(g[1] % 2 or g[2] % 2 for g in grids.each):
             raise ValueError(f"{self.name}: {text} has an odd side; the patch merger pairs rows and columns")
-        if not self.packed and any(g != _fixed(self.default_size) for g in grids.each):
+        if self.form == "naflex" and any(g[0] != 1 for g in grids.each):
+            raise ValueError(f"{self.name} takes images, not clips: {text}")
+        if self.form == "image" and any(g != _fixed(self.default_size) for g in grids.each):
             raise ValueError(f"{self.name} takes images of {self.default_size} only, not {text}")
         return grids
 
     def tiny(self) -> Grids:
         """The smallest mixed batch; a tower of fixed-size images has one size."""
-        return self.size("1x4x6+1x2x4" if self.packed else None)
+        return self.size(None if self.form == "image" else "1x4x6+1x2x4")
 
     def directions(self, model: nn.Module) -> tuple[str, ...]:
         return ("embed",)
@@ -69,23 +77,34 @@ class Tower:
     ) -> dict[str, Any]:
         """The keyword arguments of the tower's forward: photographs, ramps or noise cut into patches, seeded, fp32."""
         grids = size or self.size()
-        if not self.packed:
+        if self.form == "image":
             _, height, width = grids.each[0]
             clip = pixels(kind, (len(grids.each), 3, 1, height, width), seed=seed)
             return {"pixel_values": clip[:, :, 0]}
-        patch, depth = self.config.get("patch_size", 14), self.config.get("temporal_patch_size", 2)
-        rows = [
-            _patches(pixels(kind, (1, 3, t * depth, h * patch, w * patch), seed=seed), depth, patch)
-            for t, h, w in grids.each
+        patch, depth = self.config.get("patch_size", 14), self.config.get("temporal_patch_size", 1)
+        clips = [
+            pixels(kind, (1, 3, t * depth, h * patch, w * patch), seed=seed + i)
+            for i, (t, h, w) in enumerate(grids.each)
         ]
-        return {"hidden_states": torch.cat(rows), "grid_thw": torch.tensor(grids.each)}
+        if self.form == "packed":
+            rows = [_patches(clip, depth, patch) for clip in clips]
+            return {"hidden_states": torch.cat(rows), "grid_thw": torch.tensor(grids.each)}
+        rows = [_raster(clip[0, :, 0], patch) for clip in clips]
+        room = max(self.config["num_patches"], *map(len, rows))
+        padded = torch.stack([F.pad(row, (0, 0, 0, room - len(row))) for row in rows])
+        mask = torch.stack([torch.arange(room) < len(row) for row in rows]).long()
+        shapes = torch.tensor([grid[1:] for grid in grids.each])
+        return {"pixel_values": padded, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
     def run(self, model: nn.Module, direction: str, inputs: dict[str, Any]) -> Tensor:
-        """The embedding of every token, [tokens, D] after the patch merger or [N, tokens, D]."""
-        out = model(**inputs)
+        """The embedding of every token, [tokens, D] after the patch merger or [N, tokens, D].
+
+        With sizes in tensors of their own, as a processor makes them for each call: nobody has read those yet.
+        """
+        out = model(**{k: x if x.is_floating_point() else x.clone() for k, x in inputs.items()})
         if isinstance(out, Tensor):  # transformers 4.57's Qwen towers
             return out
-        return out.pooler_output if self.packed else out.last_hidden_state
+        return out.pooler_output if self.form == "packed" else out.last_hidden_state
 
     def build(
         self, dtype: torch.dtype, device: torch.device | str, seed: int = 0, model: str | Path | None = None
@@ -110,7 +129,7 @@ _TOWERS = (
         "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
         "1x28x28",
         {**_QWEN, "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
-        packed=True,
+        form="packed",
     ),
     Tower(
         "qwen2.5-vl",
@@ -124,14 +143,14 @@ _TOWERS = (
             "num_heads": 16,
             "out_hidden_size": 3584,
         },
-        packed=True,
+        form="packed",
     ),
     Tower(
         "qwen3-vl",
         "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",
         "1x28x28",
         {**_QWEN, "patch_size": 16, "out_hidden_size": 4096},
-        packed=True,
+        form="packed",
     ),
     Tower(
         "clip-h",
@@ -158,8 +177,38 @@ _TOWERS = (
             "image_size": 384,
         },
     ),
+    Tower(  # siglip2-so400m-patch16-naflex, which Z-Image Omni looks at its images with
+        "siglip2",
+        "siglip2.modeling_siglip2.Siglip2VisionModel",
+        "1x16x16",
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "patch_size": 16,
+            "num_patches": 256,
+        },
+        form="naflex",
+    ),
+    Tower(  # dinov2-large, at the size its processor crops to: its table is one of 518x518, resampled in each call
+        "dinov2",
+        "dinov2.modeling_dinov2.Dinov2Model",
+        "1x224x224",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 518,
+        },
+    ),
 )
 TOWERS = {tower.name: tower for tower in _TOWERS}
+
+
+def _grid(found: re.Match[str]) -> tuple[int, int, int]:
+    return int(found[2]), int(found[3]), int(found[4])
 
 
 def _fixed(text: str) -> tuple[int, ...]:
@@ -179,3 +228,10 @@ def _patches(clip: Tensor, depth: int, patch: int, merge: int = 2) -> Tensor:
     t, h, w = frames // depth, height // patch, width // patch
     x = clip.reshape(c, t, depth, h // merge, merge, patch, w // merge, merge, patch)
     return x.permute(1, 3, 6, 4, 7, 0, 2, 5, 8).reshape(t * h * w, c * depth * patch * patch)
+
+
+def _raster(image: Tensor, patch: int) -> Tensor:
+    """[C, h*patch, w*patch] as SigLIP2's processor cuts it: [h*w, patch*patch*C] in raster order."""
+    c, height, width = image.shape
+    x = image.reshape(c, height // patch, patch, width // patch, patch)
+    return x.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * c)
