@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -60,7 +62,7 @@ def test_reference_is_a_loop_over_segments():
     q, k, v = qkv.unbind(1)
     parts = [
         torch.nn.functional.scaled_dot_product_attention(*(t[a:b].transpose(0, 1) for t in (q, k, v)), scale=0.3)
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        for a, b in pairwise(ends)
     ]
     torch.testing.assert_close(reference(q, k, v, ends, 0.3), torch.cat(parts, 1).transpose(0, 1))
 
@@ -91,7 +93,9 @@ def test_what_is_behind_the_segments_is_never_read(device):
     want = segment_attention(*qkv.unbind(1), ends, 64, 0.25, cos, sin)
     room = torch.full((64, *qkv.shape[1:]), float("nan"), device=device).half()
     room[:53] = qkv
-    out = segment_attention(*room.unbind(1), ends, 64, 0.25, *(torch.nn.functional.pad(t, (0, 0, 0, 11)) for t in (cos, sin)))
+    out = segment_attention(
+        *room.unbind(1), ends, 64, 0.25, *(torch.nn.functional.pad(t, (0, 0, 0, 11)) for t in (cos, sin))
+    )
     assert torch.equal(out[:53], want)
 
 
@@ -121,7 +125,7 @@ def test_more_than_16_bits_are_the_references(device):
 
 
 def test_gradients_are_the_references(device):
-    qkv, cos, sin, ends = packed((9, 4), 2, 16, device)
+    qkv, _, _, ends = packed((9, 4), 2, 16, device)
     grads = []
     for function in (lambda *t: segment_attention(*t, ends, 9, 0.25), lambda *t: reference(*t, ends, 0.25)):
         leaf = qkv.clone().requires_grad_()

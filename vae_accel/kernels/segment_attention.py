@@ -34,7 +34,13 @@ class Tile(NamedTuple):
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, cos: Tensor | None = None, sin: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """The law: in fp32 (fp64 for fp64), rounded once; tokens attend where they lie in one segment."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -56,7 +62,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @LazyFunction
 def channels(x, cos, sin, row, inside, stride, angle_l, D: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr):
-    """`COUNT` channels from `START` of rows of one head, [rows, COUNT]: turned, where there are angles. Zeros past D."""
+    """`COUNT` channels from `START` of rows of one head, [rows, COUNT]: turned, if there are angles. Zeros past D."""
     HALF: tl.constexpr = D // 2
     GRAIN: tl.constexpr = 8 if HALF % 8 == 0 else 4 if HALF % 4 == 0 else 1
     col = START + tl.arange(0, COUNT)
@@ -180,9 +186,10 @@ def _launch(
     return out
 
 
-def runs(q: Tensor) -> bool:
-    """Whether the Triton form takes queries `[L, heads, D]`: 16 bits (fp32 products would be slow) and no wide head."""
-    return q.dtype.itemsize == 2 and q.shape[2] <= WIDEST and triton_available(q)
+def takes(x: Tensor, D: int) -> bool:
+    """Whether the Triton form takes heads of D channels in the dtype of `x`, where `x` is: 16 bits (fp32 products would
+    be slow) and no wide head."""
+    return x.dtype.itemsize == 2 and D <= WIDEST and triton_available(x)
 
 
 def _run(
@@ -195,7 +202,7 @@ def _run(
     longest: int,
     scale: float,
 ) -> Tensor:
-    if not runs(q):
+    if not takes(q, q.shape[2]):
         return reference(q, k, v, cu_seqlens, scale, cos, sin).contiguous()
     return _launch(q, k, v, cos, sin, cu_seqlens, longest, scale, tile_for(longest))
 

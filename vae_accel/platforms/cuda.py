@@ -12,6 +12,7 @@ from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
+from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
@@ -38,5 +39,6 @@ class Cuda(Platform):
         Step(PatchEmbedAsLinear(), "on", "results"),
         Step(VisionMetadata(), "off", "not measured yet"),
         Step(BilinearPosEmbed(), "on", "results"),
+        Step(PackedAttention(), "off", "not measured yet"),
         Step(CudaGraph(), "on", "results"),
     )

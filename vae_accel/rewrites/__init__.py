@@ -5,6 +5,7 @@ NAMES = (
     "patch_embed_as_linear",
     "vision_metadata",
     "bilinear_pos_embed",
+    "packed_attention",
     "fused_norm_act",
     "folded_upsample",
     "causal_padding",
