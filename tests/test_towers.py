@@ -16,6 +16,7 @@ from vae_accel.platforms.base import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
+from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
@@ -28,6 +29,7 @@ class Everything(Platform):
         Step(VisionMetadata(), "on", "test"),
         Step(BilinearPosEmbed(), "on", "test"),
         Step(PackedAttention(), "on", "test"),
+        Step(PaddedMlp(), "on", "test"),
     )
 
 

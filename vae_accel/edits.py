@@ -8,6 +8,7 @@ on the root, finds modules by path, and survives deepcopy and pickle together wi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,8 @@ class SlotTaken(RuntimeError):
 
 @dataclass
 class Edit:
-    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout."""
+    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout, and for a
+    parameter that is padded the shape it has room for (None: its own)."""
 
     by: str
     path: str
@@ -153,6 +155,18 @@ class Pen:
         _restride(parameter, new)
         self._ledger.edits.append(Edit(self._by, path, name, "layout", old, new))
 
+    def pad(self, path: str, name: str, shape: tuple[int, ...]) -> None:
+        """Stores a contiguous parameter as the first corner of zeros of a larger `shape`, which `padded` gives whole.
+
+        What is written to it in place lands in its corner. A copy of it is dense, until `padded` is asked again.
+        """
+        self._claim(path, name)
+        parameter = _stored(self._root.get_submodule(path), name)
+        if parameter is None:
+            return
+        _pad(parameter, shape)
+        self._ledger.edits.append(Edit(self._by, path, name, "padded", None, shape))
+
     def rollback(self) -> None:
         for edit in reversed(self._ledger.edits[self._start :]):
             _put(self._root, edit, edit.new, edit.old)
@@ -188,6 +202,23 @@ def unusable_weight(module: nn.Module, name: str = "weight") -> str | None:
     if not parameter.is_floating_point():
         return f"{name} is quantized ({parameter.dtype})"
     return None
+
+
+def padded(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """All of a parameter that `Pen.pad` stored, [shape] with zeros beyond it: to be asked for inside its module's call.
+
+    One that was copied since, as `.to()`, deepcopy and offloading do, is stored so again. None where it cannot be: it
+    is on meta, quantized or computed by a parametrization, or a graph is being captured, whose memory is not to keep.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.is_meta or unusable_weight(module, name) is not None:
+        return None
+    if not _is_padded(parameter, shape):
+        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            _pad(parameter, shape)
+    return parameter.detach().as_strided(shape, _strides(torch.Size(shape), tuple(range(len(shape)))))
 
 
 def _holders(module: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -254,11 +285,17 @@ def _locate(root: nn.Module, edit: Edit, present: Any) -> tuple[dict[str, Any], 
 
 def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
     """Replaces `present` by `wanted` in a slot."""
-    if edit.kind == "layout":
+    if edit.kind != "method":
         module = _submodule(root, edit.path)
         parameter = None if module is None else _stored(module, edit.slot)
-        if parameter is not None and _is_laid_out(parameter, present):
+        if parameter is None:
+            return
+        if edit.kind == "layout" and _is_laid_out(parameter, present):
             _restride(parameter, wanted)
+        elif edit.kind == "padded" and wanted is not None:
+            _pad(parameter, wanted)
+        elif edit.kind == "padded" and _is_padded(parameter, present):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         return
     place = _locate(root, edit, present)
     if place is None:
@@ -302,3 +339,18 @@ def _restride(parameter: Tensor, strides: tuple[int, ...]) -> None:
         return
     data = parameter.data
     parameter.data = torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)
+
+
+def _is_padded(parameter: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the corner of a storage of exactly `shape`: of another's it could be any part."""
+    strides = _strides(torch.Size(shape), tuple(range(len(shape))))
+    whole = parameter.untyped_storage().nbytes() == math.prod(shape) * parameter.element_size()
+    return whole and parameter.storage_offset() == 0 and _is_laid_out(parameter, strides)
+
+
+def _pad(parameter: Tensor, shape: tuple[int, ...]) -> None:
+    if _is_padded(parameter, shape):
+        return
+    data = parameter.data
+    corner = torch.zeros(shape, dtype=data.dtype, device=data.device)[tuple(slice(size) for size in data.shape)]
+    parameter.data = corner.copy_(data)

@@ -13,6 +13,7 @@ from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
+from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
@@ -40,5 +41,6 @@ class Cuda(Platform):
         Step(VisionMetadata(), "off", "not measured yet"),
         Step(BilinearPosEmbed(), "on", "results"),
         Step(PackedAttention(), "off", "not measured yet"),
+        Step(PaddedMlp(), "off", "not measured yet"),
         Step(CudaGraph(), "on", "results"),
     )

@@ -12,6 +12,7 @@ from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.math_attention import MathAttention
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
+from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
@@ -40,5 +41,6 @@ class Rocm(Platform):
         Step(VisionMetadata(), "off", UNMEASURED),
         Step(BilinearPosEmbed(), "off", UNMEASURED),
         Step(PackedAttention(), "off", UNMEASURED),
+        Step(PaddedMlp(), "off", UNMEASURED),
         Step(CudaGraph(), "off", f"{UNMEASURED}: graphs of HIP"),
     )

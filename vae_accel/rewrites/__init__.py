@@ -6,6 +6,7 @@ NAMES = (
     "vision_metadata",
     "bilinear_pos_embed",
     "packed_attention",
+    "padded_mlp",
     "fused_norm_act",
     "folded_upsample",
     "causal_padding",
