@@ -7,6 +7,7 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
+from vae_accel.rewrites.fused_elementwise import FusedElementwise
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
@@ -39,5 +40,6 @@ class Cpu(Platform):
         Step(BilinearPosEmbed(), "off", "slower below about 3000 patches in torch"),
         Step(PackedAttention(), "off", "not measured yet"),
         Step(PaddedMlp(), "off", "not measured yet"),
+        Step(FusedElementwise(), "off", "its kernels are for accelerators"),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

@@ -8,6 +8,7 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
+from vae_accel.rewrites.fused_elementwise import FusedElementwise
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
@@ -42,5 +43,6 @@ class Cuda(Platform):
         Step(BilinearPosEmbed(), "on", "results"),
         Step(PackedAttention(), "off", "not measured yet"),
         Step(PaddedMlp(), "off", "not measured yet"),
+        Step(FusedElementwise(), "off", "not measured yet"),
         Step(CudaGraph(), "on", "results"),
     )

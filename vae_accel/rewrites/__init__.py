@@ -7,6 +7,7 @@ NAMES = (
     "bilinear_pos_embed",
     "packed_attention",
     "padded_mlp",
+    "fused_elementwise",
     "fused_norm_act",
     "folded_upsample",
     "causal_padding",

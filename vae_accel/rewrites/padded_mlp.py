@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vae_accel.edits import Ledger, Pen, ledger_of, obstacle, padded, unusable_weight
 from vae_accel.families.match import estranged, known_as
+from vae_accel.kernels.gated_act import gated_act
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
 
 # Classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
@@ -67,7 +68,9 @@ def forward(mlp: Any, below: Callable[..., Tensor], ledger: Ledger, x: Tensor) -
         ledger.count(PaddedMlp.name, PLAIN)
         return mlp.down_proj(mlp.act_fn(gate) * up)
     ledger.count(PaddedMlp.name, PADDED)
-    return mlp.down_proj(_part(mlp.act_fn(wide_gate) * wide_up, gate.shape[-1]))
+    act = mlp.act_fn
+    inner = gated_act(wide_gate, wide_up) if _is_silu(act) else act(wide_gate) * wide_up
+    return mlp.down_proj(_part(inner, gate.shape[-1]))
 
 
 def widened(linear: Any, below: Callable[..., Tensor], width: int, x: Tensor) -> Tensor:
@@ -94,6 +97,12 @@ def _part(whole: Tensor, size: int) -> Tensor:
     part = whole[..., :size]
     setattr(part, _WHOLE, whole)
     return part
+
+
+def _is_silu(act: nn.Module) -> bool:
+    """Whether an activation is SiLU and nobody would notice that it is not called."""
+    watched = act._forward_hooks or act._forward_pre_hooks or "forward" in vars(act)
+    return known_as(act, ("SiLU", "SiLUActivation")) is not None and not watched
 
 
 def _runs_stock(linear: nn.Module, x: Tensor) -> bool:
