@@ -16,7 +16,8 @@ from diffusers.hooks.hooks import ModelHook as DiffusersHook
 from torch import nn
 
 from tests.snapshots import assert_identical, snapshot
-from vae_accel.edits import Ledger, Pen, SlotTaken, padded, unusable_weight
+from vae_accel.edits import Ledger, Pen, SlotTaken, unusable_weight
+from vae_accel.storage import padded
 
 
 def doubled(module, below, *args):

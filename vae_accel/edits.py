@@ -8,13 +8,13 @@ on the root, finds modules by path, and survives deepcopy and pickle together wi
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from vae_accel.storage import is_laid_out, is_padded, pad, restride, shrink, strides_in
 
 LEDGER = "_vae_accel"
 
@@ -151,8 +151,8 @@ class Pen:
         if parameter is None:
             return
         old = parameter.stride()
-        new = _strides(parameter.shape, order)
-        _restride(parameter, new)
+        new = strides_in(parameter.shape, order)
+        restride(parameter, new)
         self._ledger.edits.append(Edit(self._by, path, name, "layout", old, new))
 
     def pad(self, path: str, name: str, shape: tuple[int, ...]) -> None:
@@ -164,7 +164,7 @@ class Pen:
         parameter = _stored(self._root.get_submodule(path), name)
         if parameter is None:
             return
-        _pad(parameter, shape)
+        pad(parameter, shape)
         self._ledger.edits.append(Edit(self._by, path, name, "padded", None, shape))
 
     def rollback(self) -> None:
@@ -202,23 +202,6 @@ def unusable_weight(module: nn.Module, name: str = "weight") -> str | None:
     if not parameter.is_floating_point():
         return f"{name} is quantized ({parameter.dtype})"
     return None
-
-
-def padded(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """All of a parameter that `Pen.pad` stored, [shape] with zeros beyond it: to be asked for inside its module's call.
-
-    One that was copied since, as `.to()`, deepcopy and offloading do, is stored so again. None where it cannot be: it
-    is on meta, quantized or computed by a parametrization, or a graph is being captured, whose memory is not to keep.
-    """
-    parameter = module._parameters.get(name)
-    if parameter is None or parameter.is_meta or unusable_weight(module, name) is not None:
-        return None
-    if not _is_padded(parameter, shape):
-        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-            _pad(parameter, shape)
-    return parameter.detach().as_strided(shape, _strides(torch.Size(shape), tuple(range(len(shape)))))
 
 
 def _holders(module: nn.Module, name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -290,12 +273,12 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
         parameter = None if module is None else _stored(module, edit.slot)
         if parameter is None:
             return
-        if edit.kind == "layout" and _is_laid_out(parameter, present):
-            _restride(parameter, wanted)
+        if edit.kind == "layout" and is_laid_out(parameter, present):
+            restride(parameter, wanted)
         elif edit.kind == "padded" and wanted is not None:
-            _pad(parameter, wanted)
-        elif edit.kind == "padded" and _is_padded(parameter, present):
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            pad(parameter, wanted)
+        elif edit.kind == "padded" and is_padded(parameter, present):
+            shrink(parameter)
         return
     place = _locate(root, edit, present)
     if place is None:
@@ -317,40 +300,3 @@ def _stored(module: nn.Module, name: str) -> Tensor | None:
         return parameter
     kept = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
     return None if kept is None else kept[name]
-
-
-def _strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [0] * len(order), 1
-    for dim in reversed(order):
-        strides[dim], step = step, step * max(shape[dim], 1)
-    return tuple(strides)
-
-
-def _is_laid_out(parameter: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether a parameter still has `strides`; those of sizes of 1 say nothing, and do not survive `.to(dtype)`."""
-    same = [
-        own == given for size, own, given in zip(parameter.shape, parameter.stride(), strides, strict=False) if size > 1
-    ]
-    return parameter.dim() == len(strides) and all(same)
-
-
-def _restride(parameter: Tensor, strides: tuple[int, ...]) -> None:
-    if parameter.stride() == strides:
-        return
-    data = parameter.data
-    parameter.data = torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)
-
-
-def _is_padded(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is the corner of a storage of exactly `shape`: of another's it could be any part."""
-    strides = _strides(torch.Size(shape), tuple(range(len(shape))))
-    whole = parameter.untyped_storage().nbytes() == math.prod(shape) * parameter.element_size()
-    return whole and parameter.storage_offset() == 0 and _is_laid_out(parameter, strides)
-
-
-def _pad(parameter: Tensor, shape: tuple[int, ...]) -> None:
-    if _is_padded(parameter, shape):
-        return
-    data = parameter.data
-    corner = torch.zeros(shape, dtype=data.dtype, device=data.device)[tuple(slice(size) for size in data.shape)]
-    parameter.data = corner.copy_(data)

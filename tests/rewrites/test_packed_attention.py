@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,6 +297,44 @@ def test_under_graphs_exact_and_in_buckets(tower):
     for given in (other, feed):
         assert_near(tower.outputs(ours, given), tower.outputs(stock, given))
     assert Form.KERNEL.value in counts(ours)
+
+
+WIDE = {"hidden_size": 160, "num_heads": 2}  # heads of 80, as all of Qwen's but Qwen3-VL's
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "grids, full",
+    [
+        (((1, 12, 20), (1, 6, 4)), Form.VARLEN),
+        (((1, 16, 16), (1, 16, 16)), Form.BATCHED),
+        (((1, 12, 20),), Form.BATCHED),
+        (((1, 4, 6), (1, 2, 4)), Form.KERNEL),
+    ],
+    ids=str,
+)
+def test_on_a_card_eager_and_captured(grids, full, monkeypatch):
+    monkeypatch.setattr(module, "SHORT", 128)
+    tower = replace(QWEN25, config={**QWEN25.config, **WIDE})
+    stock = tower.build(dtype=torch.bfloat16).cuda().requires_grad_(False)
+    feed = {k: v.cuda().bfloat16() if v.is_floating_point() else v.cuda() for k, v in feed_of(grids).items()}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in feed.items()}
+    golden = tower.outputs(copy.deepcopy(stock).double(), wide)
+
+    def error(outputs: list[Tensor]) -> float:
+        return sum(float((a.double() - b).square().mean().sqrt()) for a, b in zip(outputs, golden, strict=True))
+
+    bound = 1.2 * error(tower.outputs(stock, feed))  # of one draw
+    ours = optimized(copy.deepcopy(stock), VisionMetadata())
+    eager = tower.outputs(ours, feed)
+    assert error(eager) <= bound
+    assert counts(ours) == ({Form.KERNEL.value: 2} if full is Form.KERNEL else {Form.KERNEL.value: 1, full.value: 1})
+    ours = optimized(ours, VisionMetadata(), after=(CudaGraph(),))
+    for _ in range(3):
+        assert all(map(torch.equal, tower.outputs(ours, feed), eager))
+    assert next(o for o in ledger_of(ours).outcomes if o.name == CudaGraph.name).counts.get("replayed")
+    assert error(tower.outputs(vae_accel.warmup(ours, budgets=[256]), feed)) <= bound
 
 
 def test_refusals():

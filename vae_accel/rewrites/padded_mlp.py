@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_accel.edits import Ledger, Pen, ledger_of, obstacle, padded, unusable_weight
+from vae_accel.edits import Ledger, Pen, ledger_of, obstacle, unusable_weight
 from vae_accel.families.match import estranged, known_as
 from vae_accel.kernels.gated_act import gated_act
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+from vae_accel.storage import padded
 
 # Classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
 NAMES = ("Qwen2_5_VLMLP", "Qwen2_5OmniMLP", "Exaone4_5_MLP", "GlmOcrVisionMlp")
