@@ -21,6 +21,8 @@ from vae_accel.edits import Ledger, ledger_of
 from vae_accel.families import packed_attention as family
 from vae_accel.families import segments
 from vae_accel.families.segments import Segments
+from vae_accel.graphs.call import Signature
+from vae_accel.graphs.steering import Beneath, constants
 from vae_accel.platforms import Cpu, base
 from vae_accel.rewrites import packed_attention as module
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
@@ -297,6 +299,17 @@ def test_under_graphs_exact_and_in_buckets(tower):
     for given in (other, feed):
         assert_near(tower.outputs(ours, given), tower.outputs(stock, given))
     assert Form.KERNEL.value in counts(ours)
+
+
+def test_graphs_note_the_segments_that_a_caller_gives(reads):
+    module, feed = QWEN2.build(), feed_of(((1, 4, 4),))
+    given = torch.tensor([0, 12, 16], dtype=torch.int32)
+    call = Signature(module).read(module, (), {**feed, "cu_seqlens": given})
+    found = constants(module, call, Beneath()).arguments["cu_seqlens"]
+    reads.clear()
+    assert segments.of(found).lengths == (12, 4) and not reads
+    given[1] = 8
+    assert found[1] == 12 and segments.of(given).lengths == (8, 8)
 
 
 WIDE = {"hidden_size": 160, "num_heads": 2}  # heads of 80, as all of Qwen's but Qwen3-VL's
