@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.snapshots import assert_identical, snapshot
 from vae_accel.edits import Ledger, Pen, SlotTaken, unusable_weight
+from vae_accel.storage import padded
 
 
 def doubled(module, below, *args):
@@ -159,6 +160,57 @@ def test_the_layout_of_a_parameter_that_was_exchanged_is_left_alone():
     mine = root[0].weight.clone()
     ledger.undo(root)
     assert torch.equal(root[0].weight, mine) and root[0].weight.stride() == mine.stride()
+
+
+def linear(rows=3, columns=5):
+    return nn.Linear(columns, rows).requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (3, 8), (8, 8)], ids=str)
+def test_a_padded_parameter_keeps_its_values_and_what_is_written_to_it(shape):
+    root = linear()
+    before, weight = snapshot(root), root.weight.clone()
+    ledger = Ledger()
+    Pen(root, ledger, "pads").pad("", "weight", shape)
+    whole = padded(root, "weight", shape)
+    assert whole.shape == shape and whole.sum() == root.weight.sum() and torch.equal(whole[:3, :5], weight)
+    assert whole.data_ptr() == root.weight.data_ptr() == padded(root, "weight", shape).data_ptr()
+    root.weight.data += 1  # how adapters are merged: no version, no pointer moves
+    assert torch.equal(whole[:3, :5], weight + 1) and whole.count_nonzero() == 15
+    root.load_state_dict({**root.state_dict(), "weight": weight})
+    assert root.state_dict()["weight"].shape == (3, 5) and torch.equal(whole[:3, :5], weight)
+    ledger.undo(root)
+    assert root.weight.is_contiguous() and root.weight.untyped_storage().nbytes() == 3 * 5 * 4
+    assert_identical(root, before)
+    ledger.redo(root)
+    assert torch.equal(padded(root, "weight", shape)[:3, :5], weight)
+
+
+def test_a_copy_of_a_padded_parameter_is_padded_when_it_is_asked_for():
+    root, shape = linear(), (8, 5)
+    Pen(root, Ledger(), "pads").pad("", "weight", shape)
+    for other in (copy.deepcopy(root), pickle.loads(pickle.dumps(root)), copy.deepcopy(root).double().float()):
+        assert torch.equal(padded(other, "weight", shape)[:3], root.weight)
+        assert other.weight.untyped_storage().nbytes() == 8 * 5 * 4
+    flat = torch.randn(8 * 5 + 1)  # weights that a loader cut out of one buffer: what is beyond them is no zeros
+    for storage in (flat, flat[1:]):
+        root.weight = nn.Parameter(storage[:15].view(3, 5), requires_grad=False)
+        assert padded(root, "weight", shape).count_nonzero() == 15
+    with torch.inference_mode():
+        for module in (linear(),):
+            assert torch.equal(padded(module, "weight", shape)[:3], module.weight)
+    root.weight = nn.Parameter(torch.randn(3, 5), requires_grad=False)
+    with torch.inference_mode():
+        padded(root, "weight", shape)
+    assert not root.weight.is_inference() and root.weight.detach().clone().requires_grad_().sum().requires_grad
+
+
+def test_what_cannot_be_padded():
+    root = linear().to("meta")
+    assert padded(root, "weight", (8, 5)) is None and padded(root, "nothing", (8, 5)) is None
+    ledger = Ledger()
+    Pen(root, ledger, "pads").pad("", "weight", (8, 5))
+    assert not ledger.edits
 
 
 def test_a_parameter_on_meta_has_no_layout_to_write():

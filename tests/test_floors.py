@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "vae_accel"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 320
 FLOORS = (
-    {"settings", "metrics", "kernels"},
+    {"settings", "metrics", "kernels", "storage"},
     {"edits", "derived", "rewrite"},
     {"families", "parallel"},
     {"graphs"},

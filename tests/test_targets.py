@@ -77,6 +77,8 @@ class Kind:
 
 LINEAR, METADATA = ("patch_embed_as_linear",), ("vision_metadata",)
 BOTH = LINEAR + METADATA
+QWEN2 = (*BOTH, "packed_attention", "fused_elementwise")
+WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise")
 QWEN25 = {"text_encoder": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2.5-vl")}
 SIGLIP, CLIP = TOWERS["siglip"], TOWERS["clip"]
 QWEN_IMAGE, WAN, HUNYUAN = (VAES[id].build for id in ("qwen-image", "wan2.1", "hunyuan-video"))
@@ -88,7 +90,7 @@ KINDS = (
         "text_encoder",
         "model.visual",
         TOWERS["qwen2.5-vl"],
-        BOTH,
+        WINDOWED,
     ),
     Kind(
         "QwenImageEditPlusPipeline",
@@ -96,11 +98,16 @@ KINDS = (
         "text_encoder",
         "model.visual",
         TOWERS["qwen2.5-vl"],
-        BOTH,
+        WINDOWED,
     ),
     # Never runs the tower: rewriting it is harmless.
     Kind(
-        "QwenImagePipeline", {"vae": QWEN_IMAGE, **QWEN25}, "text_encoder", "model.visual", TOWERS["qwen2.5-vl"], BOTH
+        "QwenImagePipeline",
+        {"vae": QWEN_IMAGE, **QWEN25},
+        "text_encoder",
+        "model.visual",
+        TOWERS["qwen2.5-vl"],
+        WINDOWED,
     ),
     Kind(
         "Kandinsky5I2IPipeline",
@@ -108,7 +115,7 @@ KINDS = (
         "text_encoder",
         "model.visual",
         TOWERS["qwen2.5-vl"],
-        BOTH,
+        WINDOWED,
         ("text_encoder_2",),
     ),
     Kind(
@@ -117,7 +124,7 @@ KINDS = (
         "text_encoder",
         "model.visual",
         TOWERS["qwen2.5-vl"],
-        BOTH,
+        WINDOWED,
         ("text_encoder_2",),
     ),
     Kind(
@@ -129,7 +136,7 @@ KINDS = (
         "text_encoder",
         "model.visual",
         TOWERS["qwen2-vl"],
-        BOTH,
+        QWEN2,
     ),
     Kind(
         "GlmImagePipeline",

@@ -133,7 +133,14 @@ def _prompt(kind: Kind, seed: int) -> dict[str, Tensor]:
 
 QWEN: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 24}
-WINDOWED: dict[str, Any] = {**QWEN, **WIDTHS, "window_size": 16, "fullatt_block_indexes": [1]}
+# Like Qwen2.5-VL's 3420, 44 is no multiple of 8.
+WINDOWED: dict[str, Any] = {
+    **QWEN,
+    **WIDTHS,
+    "intermediate_size": 44,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+}
 QWEN3: dict[str, Any] = {
     **QWEN,
     **WIDTHS,

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from vae_accel.storage import is_laid_out, is_padded, pad, restride, shrink, strides_in
 
 LEDGER = "_vae_accel"
 
@@ -24,7 +25,8 @@ class SlotTaken(RuntimeError):
 
 @dataclass
 class Edit:
-    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout."""
+    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout, and for a
+    parameter that is padded the shape it has room for (None: its own)."""
 
     by: str
     path: str
@@ -149,9 +151,21 @@ class Pen:
         if parameter is None:
             return
         old = parameter.stride()
-        new = _strides(parameter.shape, order)
-        _restride(parameter, new)
+        new = strides_in(parameter.shape, order)
+        restride(parameter, new)
         self._ledger.edits.append(Edit(self._by, path, name, "layout", old, new))
+
+    def pad(self, path: str, name: str, shape: tuple[int, ...]) -> None:
+        """Stores a contiguous parameter as the first corner of zeros of a larger `shape`, which `padded` gives whole.
+
+        What is written to it in place lands in its corner. A copy of it is dense, until `padded` is asked again.
+        """
+        self._claim(path, name)
+        parameter = _stored(self._root.get_submodule(path), name)
+        if parameter is None:
+            return
+        pad(parameter, shape)
+        self._ledger.edits.append(Edit(self._by, path, name, "padded", None, shape))
 
     def rollback(self) -> None:
         for edit in reversed(self._ledger.edits[self._start :]):
@@ -254,11 +268,17 @@ def _locate(root: nn.Module, edit: Edit, present: Any) -> tuple[dict[str, Any], 
 
 def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
     """Replaces `present` by `wanted` in a slot."""
-    if edit.kind == "layout":
+    if edit.kind != "method":
         module = _submodule(root, edit.path)
         parameter = None if module is None else _stored(module, edit.slot)
-        if parameter is not None and _is_laid_out(parameter, present):
-            _restride(parameter, wanted)
+        if parameter is None:
+            return
+        if edit.kind == "layout" and is_laid_out(parameter, present):
+            restride(parameter, wanted)
+        elif edit.kind == "padded" and wanted is not None:
+            pad(parameter, wanted)
+        elif edit.kind == "padded" and is_padded(parameter, present):
+            shrink(parameter)
         return
     place = _locate(root, edit, present)
     if place is None:
@@ -280,25 +300,3 @@ def _stored(module: nn.Module, name: str) -> Tensor | None:
         return parameter
     kept = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
     return None if kept is None else kept[name]
-
-
-def _strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [0] * len(order), 1
-    for dim in reversed(order):
-        strides[dim], step = step, step * max(shape[dim], 1)
-    return tuple(strides)
-
-
-def _is_laid_out(parameter: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether a parameter still has `strides`; those of sizes of 1 say nothing, and do not survive `.to(dtype)`."""
-    same = [
-        own == given for size, own, given in zip(parameter.shape, parameter.stride(), strides, strict=False) if size > 1
-    ]
-    return parameter.dim() == len(strides) and all(same)
-
-
-def _restride(parameter: Tensor, strides: tuple[int, ...]) -> None:
-    if parameter.stride() == strides:
-        return
-    data = parameter.data
-    parameter.data = torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)

@@ -6,11 +6,11 @@ transformers asks the device for the lengths three times in every layer. Who mak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from torch import Tensor
 
-_MARK = "_vae_accel_segments"
+_MARK, _READ = "_vae_accel_segments", "_vae_accel_segments_read"
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,16 @@ class Segments:
 
     longest: int
     lengths: tuple[int, ...] | None
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(how many, how long) of neighbours of one length, in order; empty segments are none of them.
+
+        Raises:
+            ValueError: the lengths are not known.
+        """
+        if self.lengths is None:
+            raise ValueError("the lengths of these segments are not known on the host")
+        return [(len(list(same)), length) for length, same in groupby(filter(None, self.lengths))]
 
 
 def mark(cu_seqlens: Tensor, lengths: tuple[int, ...] | None, longest: int | None = None) -> Tensor:
@@ -30,8 +40,14 @@ def mark(cu_seqlens: Tensor, lengths: tuple[int, ...] | None, longest: int | Non
 
 
 def of(cu_seqlens: Tensor) -> Segments:
-    """What was noted; unmarked, it is read from the device once and noted."""
-    if not hasattr(cu_seqlens, _MARK):
-        ends = cu_seqlens.tolist()
-        mark(cu_seqlens, tuple(b - a for a, b in pairwise(ends)))
-    return getattr(cu_seqlens, _MARK)
+    """What was noted; unmarked, it is read from the device once, and again after it was written to. In inference mode
+    torch does not say whether it was, and it is read each time."""
+    if hasattr(cu_seqlens, _MARK):
+        return getattr(cu_seqlens, _MARK)
+    stamp = None if cu_seqlens.is_inference() else (id(cu_seqlens), cu_seqlens._version)
+    known, found = getattr(cu_seqlens, _READ, (None, None))
+    if stamp is None or known != stamp or found is None:
+        lengths = tuple(b - a for a, b in pairwise(cu_seqlens.tolist()))
+        found = Segments(max(lengths or (0,)), lengths)
+        setattr(cu_seqlens, _READ, (stamp, found))
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vae_accel.families import towers
+from vae_accel.families import segments, towers
 from vae_accel.graphs import packed
 from vae_accel.graphs.call import Call
 
@@ -52,6 +52,8 @@ def constants(module: nn.Module, call: Call, beneath: Beneath) -> Constants:
             asks = asks or not ones
         else:
             found[name] = value.to(call.device)
+            if name in _SEGMENTS:  # the caller's own: a note, on a copy, so that nobody reads them back
+                found[name] = segments.mark(found[name].clone(), segments.of(value).lengths)
     if GRID in found and packed.is_packed(module):
         derived = towers.metadata(module, tuple(map(tuple, found[GRID].tolist())), call.device)
         found = {**{name: v for name, v in derived.items() if name not in (*beneath.derives, *call.options)}, **found}

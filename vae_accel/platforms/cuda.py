@@ -8,10 +8,13 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
+from vae_accel.rewrites.fused_elementwise import FusedElementwise
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
+from vae_accel.rewrites.packed_attention import PackedAttention
+from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
@@ -38,5 +41,8 @@ class Cuda(Platform):
         Step(PatchEmbedAsLinear(), "on", "results"),
         Step(VisionMetadata(), "off", "not measured yet"),
         Step(BilinearPosEmbed(), "on", "results"),
+        Step(PackedAttention(), "off", "not measured yet"),
+        Step(PaddedMlp(), "off", "not measured yet"),
+        Step(FusedElementwise(), "off", "not measured yet"),
         Step(CudaGraph(), "on", "results"),
     )

@@ -8,6 +8,8 @@ from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.native_reshape import NativeReshape
+from vae_accel.rewrites.packed_attention import PackedAttention
+from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
@@ -32,5 +34,7 @@ class Npu(Platform):
         Step(NativeReshape(), "off", UNMEASURED),
         Step(PatchEmbedAsLinear(), "off", f"{UNMEASURED}; reports contradict each other"),
         Step(VisionMetadata(), "off", UNMEASURED),
+        Step(PackedAttention(), "off", UNMEASURED),
+        Step(PaddedMlp(), "off", UNMEASURED),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )
