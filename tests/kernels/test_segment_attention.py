@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vae_accel.kernels import segment_attention as module
 from vae_accel.kernels._dispatch import LazyKernel
 from vae_accel.kernels.rotary import rotary
-from vae_accel.kernels.segment_attention import Tile, reference, segment_attention, split_head
+from vae_accel.kernels.segment_attention import Tile, columns_of, reference, segment_attention
 
 WINDOWS = (64, 64, 16, 1, 4)
 LENGTHS = {"windows": WINDOWS, "one": (70,), "long": (5, 150, 1, 33), "equal": (20, 20, 20), "ones": (1, 1, 1)}
@@ -112,10 +112,8 @@ def test_any_segments(device, data):
 
 @given(st.integers(1, 128))
 def test_a_head_is_covered_with_little_to_spare(D):
-    main, rest = split_head(D)
-    assert main + rest >= D and main + rest <= max(32, 2 * D)
-    assert main & (main - 1) == 0 and rest & (rest - 1) == 0 and main >= 32 and (rest == 0 or rest >= 32)
-    assert D not in (72, 80) or (main, rest) == (64, 32)
+    columns = columns_of(D)
+    assert D <= columns <= max(32, 2 * D) and columns & (columns - 1) == 0
 
 
 def test_more_than_16_bits_are_the_references(device):

@@ -2,8 +2,11 @@
 
 Short segments are what libraries are slow at. Of Qwen2.5-VL's 32 layers 28 attend within windows of 64 tokens: of
 those a program holds all queries, keys and values of a head, and what is moved is the projection once and the result.
-A running maximum (Dao, 2023) takes it to segments of any length. Heads of 72 or 80 channels are 64 and the rest, two
-products each, where a power of two would be 128.
+A running maximum (Dao, 2023) takes it to segments of any length.
+
+A head is one product of a power of two of channels, at least 32. As 64 and a rest of 16 or 32 it would be less work
+for heads of 72 and 80, but there Triton 3.6 multiplies wrongly on an H100: a relative error of 0.9 in the rest with 16,
+memory that is not ours with 32; its interpreter is right with both.
 
 Where segments lie is read on the device, so that a captured graph can be replayed with others.
 """
@@ -22,7 +25,6 @@ from ._dispatch import LazyFunction, LazyKernel, Signature, differentiates, next
 tl: Any = None  # triton.language, bound at the first launch
 
 WIDEST = 128  # channels of a head
-NARROWEST = 32  # columns of a product
 
 
 class Tile(NamedTuple):
@@ -62,11 +64,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @LazyFunction
-def channels(x, cos, sin, row, inside, stride, angle_l, D: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr):
+def channels(x, cos, sin, row, inside, stride, angle_l, D: tl.constexpr, COLS: tl.constexpr):
     """`COUNT` channels from `START` of rows of one head, [rows, COUNT]: turned, if there are angles. Zeros past D."""
     HALF: tl.constexpr = D // 2
     GRAIN: tl.constexpr = 8 if HALF % 8 == 0 else 4 if HALF % 4 == 0 else 1
-    col = START + tl.arange(0, COUNT)
+    col = tl.arange(0, COLS)
     mask = inside[:, None] & (col < D)[None, :]
     source = x + row[:, None] * stride
     value = tl.load(source + col[None, :], mask=mask, other=0)
@@ -86,10 +88,9 @@ def channels(x, cos, sin, row, inside, stride, angle_l, D: tl.constexpr, START: 
 @LazyKernel
 def _attend(
     q, k, v, out, cos, sin, cu_seqlens, q_l, q_h, k_l, k_h, v_l, v_h, out_l, out_h, angle_l,
-    SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES rows of one segment and one head. Channels are MAIN and REST (or none); SCALE is in log2."""
+    """QUERIES rows of one segment and one head. SCALE is in log2."""
     first, head, segment = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64), tl.program_id(2)
     start = tl.load(cu_seqlens + segment).to(tl.int64)
     length = (tl.load(cu_seqlens + segment + 1) - start).to(tl.int32)
@@ -102,53 +103,33 @@ def _attend(
             sin += start * angle_l
         row = first + tl.arange(0, QUERIES)
         inside = row < length
-        q_main = channels(q, cos, sin, row, inside, q_l, angle_l, D, 0, MAIN)
-        if REST:
-            q_rest = channels(q, cos, sin, row, inside, q_l, angle_l, D, MAIN, REST)
-            acc_rest = tl.full([QUERIES, REST], 0, tl.float32)
-        acc = tl.full([QUERIES, MAIN], 0, tl.float32)
+        query = channels(q, cos, sin, row, inside, q_l, angle_l, D, COLS)
+        acc = tl.full([QUERIES, COLS], 0, tl.float32)
         peak = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.full([QUERIES], 0, tl.float32)
         for begin in range(0, length, KEYS):
             key = begin + tl.arange(0, KEYS)
             there = key < length
-            part = channels(k, cos, sin, key, there, k_l, angle_l, D, 0, MAIN)
-            logits = tl.dot(q_main, tl.trans(part), input_precision="ieee")
-            if REST:
-                part = channels(k, cos, sin, key, there, k_l, angle_l, D, MAIN, REST)
-                logits = tl.dot(q_rest, tl.trans(part), logits, input_precision="ieee")
+            part = channels(k, cos, sin, key, there, k_l, angle_l, D, COLS)
+            logits = tl.dot(query, tl.trans(part), input_precision="ieee")
             logits = tl.where(there[None, :], logits * SCALE, float("-inf"))
             highest = tl.maximum(peak, tl.max(logits, 1))
             # Weights are rounded before they are summed, so that those which multiply the values add up to one.
             power = tl.exp2(logits - highest[:, None]).to(v.dtype.element_ty)
             fade = tl.exp2(peak - highest)
             total = total * fade + tl.sum(power.to(tl.float32), 1)
-            part = channels(v, None, None, key, there, v_l, angle_l, D, 0, MAIN)
+            part = channels(v, None, None, key, there, v_l, angle_l, D, COLS)
             acc = tl.dot(power, part, acc * fade[:, None], input_precision="ieee")
-            if REST:
-                part = channels(v, None, None, key, there, v_l, angle_l, D, MAIN, REST)
-                acc_rest = tl.dot(power, part, acc_rest * fade[:, None], input_precision="ieee")
             peak = highest
-        out += start * out_l + head * out_h
-        col = tl.arange(0, MAIN)
-        target = out + row[:, None] * out_l + col[None, :]
+        col = tl.arange(0, COLS)
+        target = out + start * out_l + head * out_h + row[:, None] * out_l + col[None, :]
         acc = acc / total[:, None]
         tl.store(target, acc.to(out.dtype.element_ty), mask=inside[:, None] & (col < D)[None, :])
-        if REST:
-            col = MAIN + tl.arange(0, REST)
-            target = out + row[:, None] * out_l + col[None, :]
-            acc_rest = acc_rest / total[:, None]
-            tl.store(target, acc_rest.to(out.dtype.element_ty), mask=inside[:, None] & (col < D)[None, :])
 
 
-def split_head(D: int) -> tuple[int, int]:
-    """A head as the widths of two products, powers of two of at least 32 (or 0) that cover it with the least.
-
-    Not of 16: by values of that width Triton 3.6 multiplies wrongly on an H100 (relative error 0.9, none for 32).
-    """
-    whole = max(next_power_of_2(D), NARROWEST)
-    half, rest = whole // 2, max(next_power_of_2(max(D - whole // 2, 1)), NARROWEST)
-    return (half, rest) if half >= NARROWEST and half + rest < whole else (whole, 0)
+def columns_of(D: int) -> int:
+    """The columns of a product that hold a head of D channels."""
+    return max(next_power_of_2(D), 32)
 
 
 def tile_for(longest: int) -> Tile:
@@ -178,13 +159,12 @@ def _launch(
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    main, rest = split_head(D)
     if _dispatch.tally is not None:
         _dispatch.tally("_attend", 0, 4 * out.numel() * out.element_size())
     with torch.cuda.device_of(q):
         _attend[-(-longest // tile.queries), heads, segments](
             q, k, v, out, cos, sin, cu_seqlens, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], D,
-            SCALE=scale * math.log2(math.e), D=D, MAIN=main, REST=rest, QUERIES=tile.queries, KEYS=tile.keys,
+            SCALE=scale * math.log2(math.e), D=D, COLS=columns_of(D), QUERIES=tile.queries, KEYS=tile.keys,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
@@ -249,7 +229,7 @@ def segment_attention(
 def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests."""
     data = {"q": "bf16", "k": "bf16", "v": "bf16", "out": "bf16", "cu_seqlens": "i32"}
-    heads = {"SCALE": 0.16, "D": 80, "MAIN": 64, "REST": 32}
+    heads = {"SCALE": 0.16, "D": 80, "COLS": columns_of(80)}
     turned = signature(_attend, {**data, "cos": "fp32", "sin": "fp32"}, {**heads, "QUERIES": 64, "KEYS": 64})
     plain = signature(_attend, data, {**heads, "cos": None, "sin": None, "QUERIES": 128, "KEYS": 64}, warps=8)
     return [turned, plain]
