@@ -5,10 +5,11 @@ is that the host lays out pixels, taps, history and statistics as the kernel wal
 """
 
 import ctypes
+import itertools
 
 import torch
 
-from vae_accel.kernels import conv, conv3x3, nvrtc
+from vae_accel.kernels import bordered, conv, conv3x3, nvrtc, upsample_conv
 
 
 class Box:
@@ -39,7 +40,9 @@ class Card:
         self.launches, self.processors = [], processors
 
     def install(self, monkeypatch):
-        monkeypatch.setattr(conv, "unsupported", lambda x, weight, padding: None)
+        for module in (conv, upsample_conv):
+            monkeypatch.setattr(module, "unsupported", lambda x, weight, padding: None)
+        monkeypatch.setattr(upsample_conv, "folded_taps", folded)
         monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
         monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)
         monkeypatch.setattr(conv3x3, "TensorMap", Box)
@@ -57,27 +60,38 @@ class Card:
         dtype = torch.bfloat16 if macro["BRAIN"] else torch.float16
         bias = torch.zeros(s.O) if bias.value is None else memory(bias, s.O, dtype)
         memory(head, s.first * s.O, dtype).zero_()
-        sums, n = 1 + macro["PAIRS"], macro["N"]
+        kind, n = conv3x3.KINDS[macro["KIND"]], macro["N"]
+        sums, at_once, phases = 1 + (kind != "direct"), 1 + (kind == "pairs"), 1 + (kind == "upsample")
         rows = 64 * macro["BLOCKS"] // sums
         parts = None if partials.value is None else memory(partials, 3 * s.frames * s.units * s.chunks, torch.float32)
-        for tile in range(s.tiles_m * s.tiles_n * s.frames):
-            n0, frame = tile % s.tiles_n * n, tile // (s.tiles_n * s.tiles_m)
-            for o0 in range(macro["CONSUMERS"]):
-                o0 = (tile // s.tiles_n % s.tiles_m * macro["CONSUMERS"] + o0) * rows
+        for tile in range(s.tiles_m * s.tiles_n * s.frames * phases):
+            n0, phase, m = tile % s.tiles_n * n, tile // s.tiles_n % phases, tile // (s.tiles_n * phases)
+            frame = m // s.tiles_m
+            for warpgroup in range(macro["CONSUMERS"]):
+                o0 = (m % s.tiles_m * macro["CONSUMERS"] + warpgroup) * rows
                 row = o0 + torch.arange(rows)
                 inside = (row < s.H * s.ROW) & (row % s.ROW < s.W)
 
-                def taps(pixels, at, index, o0=o0, n0=n0):
-                    """All 3x3 taps of the picture at `at` pixels, by the weights of tap `9 index` on."""
-                    total = 0
-                    for tap in range(9):
-                        a = pixels.read(at + o0 + tap // 3 * s.ROW + tap % 3, rows, 0, s.I)
-                        total = total + a @ w.read(n0, n, (9 * index + tap) * s.I, s.I).T
-                    return total
+                def product(pixels, at, kh, kw, n0, tap, o0=o0):
+                    a = pixels.read(at + o0 + kh * s.ROW + kw, rows, 0, s.I)
+                    return a @ w.read(n0, n, tap * s.I, s.I).T
 
-                if macro["PAIRS"]:
-                    m = [taps(x, (4 * frame + j) * s.FRAME, i) for i, j in enumerate((1, 2, 0, 3))]
-                    found = [m[0] + m[1] + m[2], m[0] - m[1] + m[3]]
+                def taps(pixels, at, index, n0=n0):
+                    """All 3x3 taps of the picture at `at` pixels, by the weights of tap `9 index` on."""
+                    return sum(product(pixels, at, tap // 3, tap % 3, n0, 9 * index + tap) for tap in range(9))
+
+                if kind == "pairs":
+                    m0, m1, m2, m3 = (taps(x, (4 * frame + j) * s.FRAME, i) for j, i in enumerate((2, 0, 1, 3)))
+                    found = [m0 + m1 + m2, m1 - m2 + m3]
+                elif kind == "upsample":
+                    found = [
+                        sum(
+                            product(x, frame * s.FRAME, phase + u, b + v, (2 * phase + b) * s.O + n0, 2 * u + v)
+                            for u in range(2)
+                            for v in range(2)
+                        )
+                        for b in range(2)
+                    ]
                 else:
                     sample, t = frame // s.T, frame % s.T - s.before
                     found = [torch.zeros(rows, n, dtype=torch.float64)]
@@ -88,12 +102,44 @@ class Card:
                             found[0] += taps(x, (sample * s.S + min(max(t + j, 0), s.S - 1)) * s.FRAME, j)
                 for i, value in enumerate(found):
                     if s.residual:
-                        at = (sums * frame + i) * s.FRAME + s.first + o0
+                        at = (at_once * frame + i) * s.FRAME + s.first + o0
                         value = value + residual.read(at, rows, n0, n) @ one.read(0, n, 0, n).T
-                    value = torch.where(inside[:, None], value + bias[n0 : n0 + n].double(), 0).to(dtype)
-                    if parts is not None:
-                        gather(parts, value, inside, s, macro["NEIGHBOURS"], frame, n0, o0 // rows)
-                    out.write(sums * frame + i, o0, n0, value)
+                    value = found[i] = torch.where(inside[:, None], value + bias[n0 : n0 + n].double(), 0).to(dtype)
+                    if kind == "upsample":
+                        spread(memory(head, place_of(s) * s.O, dtype).view(-1, s.O), value, row, s, frame, phase, i, n0)
+                    else:
+                        out.write(at_once * frame + i, o0, n0, value)
+                if parts is not None:
+                    chunk = o0 // rows * phases + phase
+                    gather(parts, torch.cat(found), inside.repeat(sums), s, macro["NEIGHBOURS"], frame, n0, chunk)
+
+
+def place_of(s):
+    return bordered.Geometry(s.frames, 2 * s.H, 2 * s.W).pixels
+
+
+def spread(pixels, value, row, s, frame, a, b, n0):
+    """Pixels of phase (a, b) to where they belong in the large picture, and zeros of the border where theirs would."""
+    y, v = row // s.ROW, row % s.ROW
+    written = (y + a <= s.H) & (v <= s.W)
+    target = (frame * (2 * s.H + 1) + 2 * y + a + 1) * (2 * s.W + 2) + 2 * v + b + 1
+    pixels[target[written], n0 : n0 + value.shape[1]] = value[written]
+
+
+def folded(weight, dtype, depth, double=False):
+    """What `upsample_conv.folded_taps` makes, in torch: [4 O, 2 * 2 * I]."""
+    assert depth == 1 and not double
+    halves = ((0, (1, 2)), ((0, 1), 2))
+    phases = [
+        torch.stack(
+            [
+                torch.stack([weight[:, :, u][..., v].double().reshape(*weight.shape[:2], -1).sum(2) for v in cols])
+                for u in rows
+            ]
+        )
+        for rows, cols in itertools.product(halves, halves)
+    ]
+    return torch.stack(phases).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1).to(dtype).contiguous()
 
 
 def gather(parts, value, inside, s, neighbours, frame, n0, chunk):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from tests.kernels.clips import assert_bordered, normal, weights
 from tests.kernels.hopper import Card
-from vae_accel.kernels import bordered, conv, conv3x3, group_statistics, nvrtc, winograd
+from vae_accel.kernels import bordered, conv, conv3x3, group_statistics, nvrtc, upsample_conv, winograd
 from vae_accel.kernels.conv3x3 import Form, columns_of
 
 FORMS = [
-    *(Form(columns, pairs, 2) for columns, pairs in itertools.product((96, 128, 192), (True, False))),
-    *(Form(128, pairs, 3) for pairs in (True, False)),
+    *(Form(columns, kind, 2) for columns, kind in itertools.product((96, 128, 192), conv3x3.KINDS)),
+    *(Form(128, kind, 3) for kind in conv3x3.KINDS),
 ]
 CHANNELS = [(96, 96), (64, 128), (128, 256), (64, 192), (192, 96)]
 SHAPES = [(1, 4, 5, 6), (2, 2, 3, 5), (1, 2, 1, 1), (1, 2, 9, 31)]
@@ -121,11 +121,23 @@ def test_pictures(device, dtypes, bias):
         assert_near(conv.conv(x, weight, some, padding=(1, 1)), golden)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4, 6), (2, 2, 3, 5), (1, 1, 1, 1), (1, 3, 9, 31)], ids=str)
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_upsampled(device, channels, shape):
+    x, weight, bias, _ = clips(*channels, shape, device, kernel=(3, 3))
+    golden = upsample_conv.reference(x.double(), weight.double(), bias.double())
+    assert_near(upsample_conv.upsample_conv(x, weight, bias), golden)
+
+
+@pytest.mark.parametrize("of", ["conv", "upsample_conv"])
 @pytest.mark.parametrize("offset", [0, 30])
 @pytest.mark.parametrize("channels", [(64, 128), (64, 384), (96, 96), (96, 192)], ids=str)
-def test_statistics_of_the_next_norm(device, channels, offset):
+def test_statistics_of_the_next_norm(device, channels, offset, of):
     x, weight, bias, _ = clips(*channels, (2, 1, 11, 14), device, kernel=(3, 3))
-    y = conv.conv(x[:, :, 0], weight, bias + offset, padding=(1, 1), statistics=True)
+    if of == "conv":
+        y = conv.conv(x[:, :, 0], weight, bias + offset, padding=(1, 1), statistics=True)
+    else:
+        y = upsample_conv.upsample_conv(x[:, :, 0], weight, bias + offset, statistics=True)
     mean, m2, count = group_statistics.noted(y, 32 if channels[1] > 96 else 1).double()
     groups = y.double().unflatten(1, (mean.shape[1], -1)).movedim(2, 1).flatten(3).transpose(1, 2).flatten(2)
     total = count.sum(-1)
@@ -139,8 +151,8 @@ def test_statistics_of_the_next_norm(device, channels, offset):
 def test_fewer_warpgroups_where_more_would_wait(device):
     """512 channels of 128 x 128: with two, 264 tiles on 132 processors are two rounds; with three as many of longer."""
     frame = bordered.Geometry(1, 128, 128).frame
-    assert conv3x3._form(128, False, frame, 4, 132) == Form(128, False, 2)
-    assert conv3x3._form(128, False, bordered.Geometry(1, 1024, 1024).frame, 1, 132) == Form(128, False, 3)
+    assert conv3x3._form(128, "direct", frame, 4, 132) == Form(128, "direct", 2)
+    assert conv3x3._form(128, "direct", bordered.Geometry(1, 1024, 1024).frame, 1, 132) == Form(128, "direct", 3)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +197,7 @@ def test_compiles_for_sm_90a_without_spills_and_fits(form, neighbours):
         nvrtc._nvrtc()
     except OSError as missing:
         pytest.skip(f"{missing}")
-    if neighbours and (form.pairs or (neighbours == 1 and form.columns != 96)):
+    if neighbours and (form.kind == "pairs" or (neighbours == 1 and form.columns != 96)):
         pytest.skip("no norm with statistics follows a pair, and multiples of 64 channels share parts by two")
     code, log = nvrtc.compile(form.program(torch.float16, torch.bfloat16, neighbours))
     assert code.startswith(b"\x7fELF")

@@ -6,18 +6,24 @@
 // what a tile a tap would draw from the L2, which bounds Triton's form (platforms/cuda/README.md).
 //
 // N          columns of a tile
-// PAIRS      1: F(2, 3) along time (winograd.py): two sums, of two frames; 0: direct
+// KIND       DIRECT; PAIRS: F(2, 3) along time (winograd.py), two sums for two frames; UPSAMPLE: behind a nearest 2x
+//            (upsample_conv.py), two sums for the left and the right of the large pixels, tiles for upper and lower ones
 // CONSUMERS  warpgroups that multiply
-// BLOCKS     their accumulators, in blocks of 64 rows; with PAIRS half of them for either sum
+// BLOCKS     their accumulators, in blocks of 64 rows; of two sums half of them for either
 // NA, NB     stages of pixels and of weights
 // NEIGHBOURS channels that share a part of the next GroupNorm's statistics (group_statistics.py), 1 or 2; 0: none
 // BRAIN      the result is bf16, else fp16; operands are fp16, or with BRAIN_OPERANDS bf16
+#define DIRECT 0
+#define PAIRS 1
+#define UPSAMPLE 2
 typedef unsigned int u32; typedef unsigned long long u64; typedef unsigned short u16;
 struct alignas(64) Map { u64 v[16]; };
 
 constexpr int TAIL = N == 96;                   // steps of K are 64 + 32 channels, else 64
 constexpr int STEP = TAIL ? 96 : 64;
-constexpr int SUM = PAIRS ? BLOCKS / 2 : BLOCKS;  // blocks of one sum
+constexpr int SUMS = KIND == DIRECT ? 1 : 2, SUM = BLOCKS / SUMS;  // blocks of one sum
+constexpr int PHASES = KIND == UPSAMPLE ? 2 : 1;  // tiles over the same pixels
+constexpr int AT_ONCE = KIND == PAIRS ? 2 : 1;  // frames of the result
 constexpr int ROWS = 64 * SUM;                  // pixels of a warpgroup
 constexpr int BOX = ROWS + 2;                   // and the two that the other taps of a row reach
 constexpr int TILE = CONSUMERS * ROWS;          // pixels of a program
@@ -73,7 +79,7 @@ struct Operands { static constexpr bool brain = BRAIN_OPERANDS; };
 struct Residual { static constexpr bool brain = BRAIN; };
 // The blocks of either sum.
 struct P { static constexpr int first = 0; };
-struct Q { static constexpr int first = PAIRS ? SUM : 0; };
+struct Q { static constexpr int first = SUMS == 2 ? SUM : 0; };
 
 // `SUM` blocks from block FIRST of the accumulators, by one tap of a step of K.
 template <class Kind, int FIRST>
@@ -101,7 +107,7 @@ __device__ __forceinline__ void pin(float (&d)[BLOCKS][N / 2]) {
 struct Ring { u32 slot, phase; };
 template <int SIZE> __device__ __forceinline__ void next(Ring& r) { if (++r.slot == SIZE) { r.slot = 0; r.phase ^= 1; } }
 
-struct Place { int n0, o0, frame; };  // first column, first pixel in its frame, frame (or pair of frames)
+struct Place { int n0, o0, frame, phase; };  // first column, first pixel in its frame, frame (or pair of frames)
 
 struct Sizes {
   int frames;     // of the result, or pairs of them
@@ -110,13 +116,15 @@ struct Sizes {
   int kept;       // of them in `history`
   int repeat;     // frames beyond those of x are its first and last
   int tiles_m, tiles_n;
-  int FRAME, ROW, H, W, first;  // bordered.Geometry
+  int FRAME, ROW, H, W;  // bordered.Geometry of x
+  int first;      // of the result
   int I, O, residual;
   int units, chunks;  // of the statistics
 };
 
 __device__ __forceinline__ Place place_of(int tile, const Sizes& s) {  // neighbours share pixels
-  return {tile % s.tiles_n * N, tile / s.tiles_n % s.tiles_m * TILE, tile / (s.tiles_n * s.tiles_m)};
+  const int m = tile / (s.tiles_n * PHASES);
+  return {tile % s.tiles_n * N, m % s.tiles_m * TILE, m / s.tiles_m, tile / s.tiles_n % PHASES};
 }
 
 // Taps in time over frames of zeros.
@@ -142,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
-  const int tiles = s.tiles_m * s.tiles_n * s.frames, KB = s.I / STEP;
+  const int tiles = s.tiles_m * s.tiles_n * s.frames * PHASES, KB = s.I / STEP;
   Ring ra{0, 0}, rb{0, 0};
 
   if (wg == CONSUMERS) {
@@ -169,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       };
       for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Place p = place_of(tile, s);
-#if PAIRS
+#if KIND == PAIRS
         for (int half = 0; half < 2; half++)
           for (int kh = 0; kh < 3; kh++)
             for (int kb = 0; kb < KB; kb++)
@@ -178,6 +186,13 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
                 loadA(&x64, &x32, (4 * p.frame + j) * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
                 for (int kw = 0; kw < 3; kw++) loadB(&w64, &w32, p.n0, (((2 * half + i) * 3 + kh) * 3 + kw) * s.I + kb * STEP);
               }
+#elif KIND == UPSAMPLE
+        for (int u = 0; u < 2; u++)
+          for (int kb = 0; kb < KB; kb++) {
+            loadA(&x64, &x32, p.frame * s.FRAME + p.o0 + (p.phase + u) * s.ROW, kb * STEP);
+            for (int b = 0; b < 2; b++)
+              for (int v = 0; v < 2; v++) loadB(&w64, &w32, (2 * p.phase + b) * s.O + p.n0, (2 * u + v) * s.I + kb * STEP);
+          }
 #else
         const int n = p.frame / s.T, t = p.frame % s.T - s.before;
         for (int j = unseen(p, s); j < s.KT; j++) {
@@ -191,9 +206,9 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
         }
 #endif
         if (s.residual)
-          for (int i = 0; i < 1 + PAIRS; i++)
+          for (int i = 0; i < AT_ONCE; i++)
             for (int kb = 0; kb < N / STEP; kb++) {
-              loadA(&r64, &r32, ((1 + PAIRS) * p.frame + i) * s.FRAME + s.first + p.o0, p.n0 + kb * STEP);
+              loadA(&r64, &r32, (AT_ONCE * p.frame + i) * s.FRAME + s.first + p.o0, p.n0 + kb * STEP);
               loadB(&e64, &e32, 0, kb * STEP);
             }
       }
@@ -238,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
         #pragma unroll
         for (int i = 0; i < N / 2; i++) d[m][i] = 0.f;
       pin(d);
-#if PAIRS
+#if KIND == PAIRS
       #pragma unroll
       for (int half = 0; half < 2; half++) {
         #pragma unroll 1
@@ -255,6 +270,13 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           pin(d);
         }
       }
+#elif KIND == UPSAMPLE
+      #pragma unroll 1
+      for (int step = 0; step < 2 * KB; step++) {
+        waitA();
+        tap(Operands{}, P{}, 0, false); tap(Operands{}, P{}, 1, false);
+        tap(Operands{}, Q{}, 1, false); tap(Operands{}, Q{}, 2, true);
+      }
 #else
       #pragma unroll 1
       for (int step = 0; step < 3 * KB * (s.KT - unseen(place, s)); step++) row_of_taps(P{});
@@ -262,20 +284,19 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       if (s.residual) {
         #pragma unroll 1
         for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, P{}, 0, true); }
-#if PAIRS
+#if KIND == PAIRS
         #pragma unroll 1
         for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, Q{}, 0, true); }
 #endif
       }
       drain();
-      u32 inside[BLOCKS][2];  // masks of this lane's two rows of a block: what is border is stored as zeros
+      u32 pictures = 0;  // of this lane's two rows of a block, those that are no border, which is stored as zeros
       #pragma unroll
-      for (int m = 0; m < BLOCKS; m++)
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int r = o0 + m % SUM * 64 + warp * 16 + (lane >> 2) + 8 * i;
-          inside[m][i] = r < s.H * s.ROW && r % s.ROW < s.W ? ~0u : 0u;
-        }
+      for (int i = 0; i < 2 * SUM; i++) {
+        const int r = o0 + i / 2 * 64 + warp * 16 + (lane >> 2) + i % 2 * 8;
+        pictures |= u32(r < s.H * s.ROW && r % s.ROW < s.W) << i;
+      }
+      auto inside = [&](int m, int i) { return 0u - (pictures >> (m % SUM * 2 + i) & 1); };
       #pragma unroll
       for (int j = 0; j < N / 8; j++) {
         u32 two;
@@ -290,10 +311,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
       together(wg);
       constexpr int UNITS = N / NEIGHBOURS;
-      float number = 0;
-      #pragma unroll
-      for (int m = 0; m < BLOCKS; m++) number += NEIGHBOURS * ((inside[m][0] & 1) + (inside[m][1] & 1));
-      number = over_rows(number);
+      const float number = over_rows(NEIGHBOURS * SUMS * __popc(pictures));
       const float share = 1 / fmaxf(number, 1);
       #pragma unroll
       for (int j = 0; j < N / 8; j++)
@@ -304,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           for (int m = 0; m < BLOCKS; m++)
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]) & inside[m][i];
+              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]) & inside(m, i);
               sum += NEIGHBOURS == 2 ? low(two) + high(two) : e ? high(two) : low(two);
             }
           const float mean = over_rows(sum) * share;
@@ -314,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
             for (int i = 0; i < 2; i++) {
               const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]);
               const float a = low(two) - mean, b = high(two) - mean, square = NEIGHBOURS == 2 ? a * a + b * b : e ? b * b : a * a;
-              m2 += inside[m][i] ? square : 0;
+              m2 += inside(m, i) ? square : 0;
             }
           m2 = over_rows(m2);
           if (lane < 4) put(stage + 8 * (warp * UNITS + (8 * j + 2 * lane) / NEIGHBOURS + e), mean, m2);
@@ -331,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           count = both;
         }
         const long long plane = (long long)s.frames * s.units * s.chunks;
-        float* to = partials + ((long long)place.frame * s.units + place.n0 / NEIGHBOURS + unit) * s.chunks + o0 / ROWS;
+        float* to = partials + ((long long)place.frame * s.units + place.n0 / NEIGHBOURS + unit) * s.chunks + o0 / ROWS * PHASES + place.phase;
         to[0] = mean; to[plane] = m2; to[2 * plane] = count;
       }
 #endif
@@ -347,19 +365,35 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
             #pragma unroll
             for (int i = 0; i < 4; i++) {
               const float* two = &d[m][4 * (h * (CHUNK / 8) + j + i / 2) + 2 * (i % 2)];
-              word[i] = pack(two[0], two[1]) & inside[m][i % 2];
+              word[i] = pack(two[0], two[1]) & inside(m, i % 2);
             }
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
               :: "r"(stage + j / 4 * 4096 + (j & 2 ? swizzled ^ 32 : swizzled)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
           }
+#if KIND == UPSAMPLE
+          // Each row goes to a pixel of its own: beside it the border, zeros of a pixel or a row further on.
+          together(wg);
+          constexpr int PIECES = CHUNK / 8;
+          const int wide = 2 * s.W + 2;
+          #pragma unroll 1
+          for (int i = threadIdx.x % 128; i < 64 * PIECES; i += 128) {
+            const int line = i / PIECES, piece = i % PIECES, r = o0 + m % SUM * 64 + line, y = r / s.ROW, v = r % s.ROW;
+            u32 w0, w1, w2, w3;
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
+              : "r"(stage + piece / 4 * 4096 + line * 64 + ((piece % 4 ^ (line >> 1 & 3)) << 4)) : "memory");
+            const long long pixel = (long long)(place.frame * (2 * s.H + 1) + 2 * y + place.phase + 1) * wide + 2 * v + m / SUM + 1;
+            if (y + place.phase <= s.H && v <= s.W) head[(pixel * s.O + place.n0 + h * CHUNK) / 8 + piece] = {w0, w1, w2, w3};
+          }
+#else
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           together(wg);
           if (threadIdx.x % 128 == 0) {
             #pragma unroll
             for (int c = 0; c < CHUNK / 32; c++)
-              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64, (1 + PAIRS) * place.frame + m / SUM);
+              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64, AT_ONCE * place.frame + m / SUM);
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
           }
+#endif
         }
     }
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

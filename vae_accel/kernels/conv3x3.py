@@ -23,13 +23,14 @@ from .tile_io import weight_matrix
 SOURCE = Path(__file__).with_suffix(".cu")
 NAME, ARCH = "conv3x3", "sm_90a"
 SHARED = 227 << 10  # bytes a program may have
+KINDS = ("direct", "pairs", "upsample")  # the macros of conv3x3.cu
 
 
 class Form(NamedTuple):
-    """columns: of a tile; pairs: of frames, by F(2, 3); consumers: warpgroups that multiply."""
+    """columns: of a tile; kind: one of KINDS; consumers: warpgroups that multiply."""
 
     columns: int
-    pairs: bool
+    kind: str
     consumers: int
 
     @property
@@ -39,22 +40,19 @@ class Form(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Sums of 64 pixels that a warpgroup holds, of which F(2, 3) needs half for either frame."""
-        return 4 if self.columns == 96 and self.pairs else 2
+        """Sums of 64 pixels that a warpgroup holds: one for each, two by F(2, 3) and where it upsamples."""
+        return 4 if self.columns == 96 and self.kind != "direct" else 2
 
     @property
     def rows(self) -> int:
         """Pixels of a warpgroup."""
-        return 64 * (self.blocks // 2 if self.pairs else self.blocks)
+        return 64 * (self.blocks if self.kind == "direct" else self.blocks // 2)
 
     @property
     def stages(self) -> tuple[int, int]:
         """How many tiles of pixels and of weights are on their way: what shared memory holds, weights three a tile."""
-        pixels, weights = {
-            (96, True): (2, 5), (128, True): (3, 6), (192, True): (4, 4),
-            (96, False): (2, 5), (128, False): (2, 5), (192, False): (3, 4),
-        }[self.columns, self.pairs]  # fmt: skip
-        return pixels, weights
+        direct, two_sums = {96: ((2, 5), (2, 5)), 128: ((2, 5), (3, 6)), 192: ((3, 4), (4, 4))}[self.columns]
+        return direct if self.kind == "direct" else two_sums
 
     def shared(self, channels_out: int) -> int:
         pixels, weights = self.stages
@@ -68,7 +66,7 @@ class Form(NamedTuple):
     def program(self, operands: torch.dtype, result: torch.dtype, neighbours: int) -> Program:
         """`neighbours`: channels that share a part of the statistics it gathers; 0 where it gathers none."""
         pixels, weights = self.stages
-        macros = {"N": self.columns, "PAIRS": int(self.pairs), "CONSUMERS": self.consumers, "BLOCKS": self.blocks}
+        macros = {"N": self.columns, "KIND": KINDS.index(self.kind), "CONSUMERS": self.consumers, "BLOCKS": self.blocks}
         macros |= {"NA": pixels, "NB": weights, "NEIGHBOURS": neighbours, "BRAIN": int(result == torch.bfloat16)}
         macros |= {"BRAIN_OPERANDS": int(operands == torch.bfloat16)}
         source = _products(self.columns) + SOURCE.read_text()
@@ -117,7 +115,7 @@ def conv_pairs(x: Tensor, taps: Tensor, bias: Tensor | None, residual: Tensor | 
     """`[N, O, T, H, W]` of what `rms_norm_pairs` made, bordered `[N, I, 2 T, H, W]`, and its `transformed_taps`."""
     n, _, t, h, w = x.shape
     out = bordered.empty((n, taps.shape[0], t // 2, h, w), dtype, x.device)
-    return _launch(x, None, taps, bias, residual, out, _Sizes(frames=n * t // 4, T=1, KT=3), pairs=True)
+    return _launch("pairs", x, None, taps, bias, residual, out, _Sizes(frames=n * t // 4, T=1, KT=3))
 
 
 def conv(
@@ -138,10 +136,17 @@ def conv(
     sizes = _Sizes(frames=x.shape[0] * frames[0], T=frames[0], S=frames[1], KT=kernel[0] if len(kernel) == 3 else 1)
     sizes.before, sizes.kept, sizes.repeat = before, 0 if history is None else history.shape[2], int(repeat)
     taps = weight_matrix(weight, x.dtype, 1)
-    return _launch(x, history, taps, bias, residual, out, sizes, pairs=False, statistics=statistics)
+    return _launch("direct", x, history, taps, bias, residual, out, sizes, statistics=statistics)
+
+
+def upsample_conv(x: Tensor, taps: Tensor, bias: Tensor | None, out: Tensor, *, statistics: bool = False) -> Tensor:
+    """Into `out`, twice as high and wide as the bordered `x`, by `folded_taps` of the operands' dtype."""
+    sizes = _Sizes(frames=bordered.geometry(x).frames, T=1, KT=1)
+    return _launch("upsample", x, None, taps, bias, None, out, sizes, statistics=statistics)
 
 
 def _launch(
+    kind: str,
     x: Tensor,
     history: Tensor | None,
     taps: Tensor,
@@ -150,27 +155,19 @@ def _launch(
     out: Tensor,
     sizes: _Sizes,
     *,
-    pairs: bool,
     statistics: bool = False,
 ) -> Tensor:
-    place, channels, outputs = bordered.geometry(out), x.shape[1], out.shape[1]
-    columns = columns_of(channels, outputs)
+    place, channels, outputs = bordered.geometry(x), x.shape[1], out.shape[1]
+    columns, processors, phases = columns_of(channels, outputs), _processors(x.device), 2 if kind == "upsample" else 1
     assert columns is not None
-    processors = _processors(x.device)
-    form = _form(columns, pairs, place.frame, sizes.frames * outputs // columns, processors)
+    form = _form(columns, kind, place.frame, sizes.frames * phases * outputs // columns, processors)
     sizes.tiles_m, sizes.tiles_n = -(-place.frame // (form.consumers * form.rows)), outputs // columns
-    sizes.FRAME, sizes.ROW, sizes.H, sizes.W, sizes.first = (
-        place.frame,
-        place.row,
-        place.height,
-        place.width,
-        place.first,
-    )
-    sizes.I, sizes.O, sizes.residual = channels, outputs, int(residual is not None)
-    partials = empty_partials(out, sizes.tiles_m * form.consumers) if statistics else None
+    sizes.FRAME, sizes.ROW, sizes.H, sizes.W = place.frame, place.row, place.height, place.width
+    sizes.first, sizes.I, sizes.O = bordered.geometry(out).first, channels, outputs
+    sizes.residual = int(residual is not None)
+    partials = empty_partials(out, phases * sizes.tiles_m * form.consumers) if statistics else None
     sizes.units, sizes.chunks = layout_of(partials)
     pixels, box, tail = bordered.pixels_of(out), form.rows + 2, columns == 96
-    frames = [outputs, place.frame, place.frames], [outputs, place.frame * outputs]
     x_maps = _rows(bordered.pixels_of(x), box, tail)
     maps = (
         *x_maps,
@@ -178,12 +175,13 @@ def _launch(
         *_rows(taps, columns, tail),
         *(x_maps if residual is None else _rows(bordered.pixels_of(residual), box, tail)),
         *_identity(columns, out.dtype, x.device),
-        TensorMap(pixels[place.first :], *frames, [32, 64, 1]),
+        x_maps[0] if kind == "upsample" else _frames(out),
     )
     pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, pixels, partials))
-    grid = min(sizes.tiles_m * sizes.tiles_n * sizes.frames, processors)
+    grid = min(sizes.tiles_m * sizes.tiles_n * sizes.frames * phases, processors)
     if _dispatch.tally is not None:  # by pairs as many as the direct convolution, for a rate that compares
-        _dispatch.tally(NAME, 2 * out.numel() * channels * 9 * sizes.KT, 0)
+        per_output = channels * (4 if kind == "upsample" else 9 * sizes.KT)
+        _dispatch.tally(NAME, 2 * out.numel() * per_output, 0)
     with torch.cuda.device_of(x):
         kernel = _kernel(form, x.dtype, out.dtype, neighbours_of(outputs) if statistics else 0, outputs, x.device)
         nvrtc.launch(
@@ -203,9 +201,9 @@ def _kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(columns: int, pairs: bool, pixels: int, others: int, processors: int) -> Form:
+def _form(columns: int, kind: str, pixels: int, others: int, processors: int) -> Form:
     """With two warpgroups or three, whichever leaves fewer processors waiting for the last tiles."""
-    forms = [Form(columns, pairs, consumers) for consumers in ((3, 2) if columns == 128 else (2,))]
+    forms = [Form(columns, kind, consumers) for consumers in ((3, 2) if columns == 128 else (2,))]
     return min(forms, key=lambda f: -(-(-(-pixels // (f.consumers * f.rows)) * others) // processors) * f.consumers)
 
 
@@ -214,6 +212,13 @@ def _rows(matrix: Tensor, box: int, tail: bool) -> tuple[TensorMap, TensorMap]:
     sizes, strides = [matrix.shape[1], matrix.shape[0]], [matrix.stride(0)]
     wide = TensorMap(matrix, sizes, strides, [64, box])
     return wide, TensorMap(matrix, sizes, strides, [32, box]) if tail else wide
+
+
+def _frames(out: Tensor) -> TensorMap:
+    """The frames from their first picture pixel on: a tile that reaches over a frame's end is cut off there."""
+    place, channels = bordered.geometry(out), out.shape[1]
+    sizes, strides = [channels, place.frame, place.frames], [channels, place.frame * channels]
+    return TensorMap(bordered.pixels_of(out)[place.first :], sizes, strides, [32, 64, 1])
 
 
 @functools.cache

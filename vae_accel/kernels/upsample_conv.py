@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, bordered
+from . import _dispatch, bordered, conv3x3
 from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv_law import reference as conv_reference
 from .eligible import unsupported
@@ -159,9 +159,7 @@ def _launch(
     space: str = "zeros",
     statistics: bool = False,
 ) -> Tensor:
-    channels_out = weight.shape[0]
-    tile = tile or tile_of(x.shape[1], channels_out)
-    unit = None
+    channels_out, unit = weight.shape[0], None
     if x.dtype == torch.float32:
         x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x, border=space)
@@ -171,6 +169,9 @@ def _launch(
     shape = (x.shape[0], channels_out, *frames, 2 * place.height, 2 * place.width)
     out = bordered.empty(shape, weight.dtype, x.device, space, versions=statistics)
     wide = bordered.geometry(out)
+    if tile is None and _on_hopper(x, weight, space):
+        return conv3x3.upsample_conv(x, folded_taps(weight, x.dtype, 1), bias, out, statistics=statistics)
+    tile = tile or tile_of(x.shape[1], channels_out)
     matrix = folded_taps(weight, x.dtype, tile.depth, double)
     kt = 1 if weight.dim() == 4 else 2 if double else 3
     tiles_n, tiles = -(-channels_out // tile.cols), -(-place.frame // tile.rows)
@@ -209,10 +210,16 @@ def upsample_conv(
     more: dict[str, Any] = {"double": double, "space": space}
     if differentiates(x, weight, bias) or unsupported(x, weight, (1, 1)) is not None:
         return reference(x, weight, bias, **more)
-    tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
-    if tile is None:
-        return reference(x, weight, bias, **more)
+    tile = None
+    if not _on_hopper(x, weight, space):
+        tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
+        if tile is None:
+            return reference(x, weight, bias, **more)
     return _launch(x, weight, bias, tile, statistics=statistics, **more)
+
+
+def _on_hopper(x: Tensor, weight: Tensor, space: str) -> bool:
+    return weight.dim() == 4 and space == "zeros" and conv3x3.takes(x, weight, weight.dtype)
 
 
 def signatures() -> list[Signature]:
