@@ -45,12 +45,13 @@ def results_table() -> str:
 
 
 def calls_table() -> str:
-    """What is small beside its model, timed by itself on the card."""
+    """What is small beside its model, timed by itself on the card: of each call the newest result."""
+    newest: dict[tuple[str, str], results.Call] = {}
+    for result in sorted(results.load(ROOT / "platforms" / "cuda" / "results"), key=lambda result: result.date):
+        newest |= {(call.rewrite, call.what): call for call in result.calls}
     rows = [
-        (f"`{call.rewrite}`", f"`{call.what}`", f"{call.stock_us:.1f}", f"**{call.ours_us:.1f}**")
-        for result in results.load(ROOT / "platforms" / "cuda" / "results")
-        for call in result.calls
-        if call.rewrite != "native_reshape" or result.workload == "flux.1"
+        (f"`{rewrite}`", f"`{what}`", f"{call.stock_us:.1f}", f"**{call.ours_us:.1f}**")
+        for (rewrite, what), call in sorted(newest.items())
     ]
     return _table(("rewrite", "call", "stock us", "ours us"), rows)
 
