@@ -7,7 +7,7 @@
 //
 // N          columns of a tile
 // KIND       DIRECT; PAIRS: F(2, 3) along time (winograd.py), two sums for two frames; UPSAMPLE: behind a nearest 2x
-//            (upsample_conv.py), two sums for the left and the right of the large pixels, tiles for upper and lower ones
+//            (upsample_conv.py), two sums for the left and the right of large pixels, tiles for upper and lower ones
 // CONSUMERS  warpgroups that multiply
 // BLOCKS     their accumulators, in blocks of 64 rows; of two sums half of them for either
 // NA, NB     stages of pixels and of weights
@@ -16,8 +16,6 @@
 #define DIRECT 0
 #define PAIRS 1
 #define UPSAMPLE 2
-typedef unsigned int u32; typedef unsigned long long u64; typedef unsigned short u16;
-struct alignas(64) Map { u64 v[16]; };
 
 constexpr int TAIL = N == 96;                   // steps of K are 64 + 32 channels, else 64
 constexpr int STEP = TAIL ? 96 : 64;
@@ -32,47 +30,6 @@ constexpr int B64 = N * 128, B32 = TAIL * N * 64, BSTAGE = B64 + B32;
 constexpr int CHUNK = N == 128 ? 64 : 96;       // columns on their way out at a time
 constexpr int OUT = 64 * CHUNK * 2;
 constexpr u32 ABYTES = CONSUMERS * BOX * STEP * 2, BBYTES = N * STEP * 2;
-
-__device__ __forceinline__ u32 smem(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void init(u32 bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory"); }
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-  } while (!done);
-}
-__device__ __forceinline__ void load(u32 to, const Map* map, u32 bar, int c, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-    :: "r"(to), "l"((u64)map), "r"(bar), "r"(c), "r"(row) : "memory");
-}
-__device__ __forceinline__ void store(const Map* map, u32 from, int c, int row, int frame) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
-    :: "l"((u64)map), "r"(from), "r"(c), "r"(row), "r"(frame) : "memory");
-}
-// A K-major matrix for wgmma: rows of 128 or 64 bytes, swizzled as the copy engine does; `at` in units of 16 bytes.
-__device__ __forceinline__ u64 desc128(u32 at) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(at | 1 << 16), "r"(1u << 30 | 64)); return d; }
-__device__ __forceinline__ u64 desc64(u32 at) { u64 d; asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(at | 1 << 16), "r"(2u << 30 | 32)); return d; }
-__device__ __forceinline__ void together(int wg) { asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory"); }
-
-__device__ __forceinline__ void put(u32 at, float a, float b) { asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(a), "f"(b) : "memory"); }
-__device__ __forceinline__ float get(u32 at) { float f; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at) : "memory"); return f; }
-// The sum over the eight lanes that hold the same columns.
-__device__ __forceinline__ float over_rows(float v) {
-  for (int lanes = 4; lanes < 32; lanes *= 2) v += __shfl_xor_sync(~0u, v, lanes);
-  return v;
-}
-
-#if BRAIN
-__device__ __forceinline__ u32 pack(float lo, float hi) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
-__device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
-__device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
-#else
-__device__ __forceinline__ u32 pack(float lo, float hi) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
-__device__ __forceinline__ float low(u32 two) { float f; asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a; }" : "=f"(f) : "r"(two)); return f; }
-__device__ __forceinline__ float high(u32 two) { float f; asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b; }" : "=f"(f) : "r"(two)); return f; }
-#endif
 
 // The operands of the products, and those of the residual, which is a product with the identity.
 struct Operands { static constexpr bool brain = BRAIN_OPERANDS; };
@@ -93,7 +50,8 @@ __device__ __forceinline__ void multiply(float (&d)[BLOCKS][N / 2], u32 a, u32 b
   for (int k = 0; k < 2 * TAIL; k++)
     #pragma unroll
     for (int m = 0; m < SUM; m++)
-      wgmma<Kind::brain>(d[FIRST + m], desc64(a + (A64 + kw * 64 + m * 4096 + k * 32) / 16), desc64(b + (B64 + k * 32) / 16));
+      wgmma<Kind::brain>(
+        d[FIRST + m], desc64(a + (A64 + kw * 64 + m * 4096 + k * 32) / 16), desc64(b + (B64 + k * 32) / 16));
 }
 
 // Keeps the compiler from moving a sum over the products that are in flight.
@@ -103,9 +61,6 @@ __device__ __forceinline__ void pin(float (&d)[BLOCKS][N / 2]) {
     #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[m][i]) :: "memory");
 }
-
-struct Ring { u32 slot, phase; };
-template <int SIZE> __device__ __forceinline__ void next(Ring& r) { if (++r.slot == SIZE) { r.slot = 0; r.phase ^= 1; } }
 
 struct Place { int n0, o0, frame, phase; };  // first column, first pixel in its frame, frame (or pair of frames)
 
@@ -128,26 +83,31 @@ __device__ __forceinline__ Place place_of(int tile, const Sizes& s) {  // neighb
 }
 
 // Taps in time over frames of zeros.
-__device__ __forceinline__ int unseen(const Place& p, const Sizes& s) { return s.repeat ? 0 : max(s.before - p.frame % s.T - s.kept, 0); }
+__device__ __forceinline__ int unseen(const Place& p, const Sizes& s) {
+  return s.repeat ? 0 : max(s.before - p.frame % s.T - s.kept, 0);
+}
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     const __grid_constant__ Map x64, const __grid_constant__ Map x32, const __grid_constant__ Map h64,
     const __grid_constant__ Map h32, const __grid_constant__ Map w64, const __grid_constant__ Map w32,
     const __grid_constant__ Map r64, const __grid_constant__ Map r32, const __grid_constant__ Map e64,
-    const __grid_constant__ Map e32, const __grid_constant__ Map out, const u16* bias, uint4* head, float* partials,
+    const __grid_constant__ Map e32, const __grid_constant__ Map out, const u16* bias, uint4* pixels, float* partials,
     const __grid_constant__ Sizes s) {
   extern __shared__ unsigned char raw[];
   const u32 base = (smem(raw) + 1023) & ~1023u;
   const u32 as = base, bs = as + NA * ASTAGE, outs = bs + NB * BSTAGE, bars = outs + CONSUMERS * OUT;
-  const u32 fullA = bars, emptyA = fullA + 8 * NA, fullB = emptyA + 8 * NA, emptyB = fullB + 8 * NB, biases = emptyB + 8 * NB;
+  const u32 fullA = bars, emptyA = fullA + 8 * NA, fullB = emptyA + 8 * NA, emptyB = fullB + 8 * NB;
+  const u32 biases = emptyB + 8 * NB;
   const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0), warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-  for (int i = threadIdx.x; i < s.O; i += blockDim.x) asm volatile("st.shared.b16 [%0], %1;" :: "r"(biases + 2 * i), "h"(bias ? bias[i] : (u16)0) : "memory");
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.first * s.O / 8; i += gridDim.x * blockDim.x) head[i] = {0, 0, 0, 0};  // before the first picture
+  for (int i = threadIdx.x; i < s.O; i += blockDim.x)
+    asm volatile("st.shared.b16 [%0], %1;" :: "r"(biases + 2 * i), "h"(bias ? bias[i] : (u16)0) : "memory");
+  const int border = s.first * s.O / 8;  // before the first picture
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < border; i += gridDim.x * blockDim.x) pixels[i] = {0, 0, 0, 0};
   if (threadIdx.x == 0) {
     for (int i = 0; i < NA; i++) { init(fullA + 8 * i, 1); init(emptyA + 8 * i, 4 * CONSUMERS); }
     for (int i = 0; i < NB; i++) { init(fullB + 8 * i, 1); init(emptyB + 8 * i, 4 * CONSUMERS); }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    seen_by_copies();
   }
   __syncthreads();
   const int tiles = s.tiles_m * s.tiles_n * s.frames * PHASES, KB = s.I / STEP;
@@ -182,16 +142,18 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           for (int kh = 0; kh < 3; kh++)
             for (int kb = 0; kb < KB; kb++)
               for (int i = 0; i < 2; i++) {
-                const int j = half ? 3 * i : 1 + i;  // of the transformed frames; their taps lie in the order of the walk
+                const int j = half ? 3 * i : 1 + i, tap = 3 * (2 * half + i);  // taps lie in the order of this walk
                 loadA(&x64, &x32, (4 * p.frame + j) * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
-                for (int kw = 0; kw < 3; kw++) loadB(&w64, &w32, p.n0, (((2 * half + i) * 3 + kh) * 3 + kw) * s.I + kb * STEP);
+                for (int kw = 0; kw < 3; kw++)
+                  loadB(&w64, &w32, p.n0, ((tap + kh) * 3 + kw) * s.I + kb * STEP);
               }
 #elif KIND == UPSAMPLE
         for (int u = 0; u < 2; u++)
           for (int kb = 0; kb < KB; kb++) {
             loadA(&x64, &x32, p.frame * s.FRAME + p.o0 + (p.phase + u) * s.ROW, kb * STEP);
             for (int b = 0; b < 2; b++)
-              for (int v = 0; v < 2; v++) loadB(&w64, &w32, (2 * p.phase + b) * s.O + p.n0, (2 * u + v) * s.I + kb * STEP);
+              for (int v = 0; v < 2; v++)
+                loadB(&w64, &w32, (2 * p.phase + b) * s.O + p.n0, (2 * u + v) * s.I + kb * STEP);
           }
 #else
         const int n = p.frame / s.T, t = p.frame % s.T - s.before;
@@ -304,11 +266,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
         #pragma unroll
         for (int m = 0; m < BLOCKS; m++)
           #pragma unroll
-          for (int i = 0; i < 4; i += 2) { d[m][4 * j + i] += low(two); d[m][4 * j + i + 1] += high(two); }
+          for (int i = 0; i < 4; i += 2) {
+            d[m][4 * j + i] += low<BRAIN>(two);
+            d[m][4 * j + i + 1] += high<BRAIN>(two);
+          }
       }
 #if NEIGHBOURS
       // Mean and squared deviations of a warp's rows by lanes that share columns, then of its warpgroup's, by Chan.
-      if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      if (threadIdx.x % 128 == 0) read_out();
       together(wg);
       constexpr int UNITS = N / NEIGHBOURS;
       const float number = over_rows(NEIGHBOURS * SUMS * __popc(pictures));
@@ -322,16 +287,17 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           for (int m = 0; m < BLOCKS; m++)
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]) & inside(m, i);
-              sum += NEIGHBOURS == 2 ? low(two) + high(two) : e ? high(two) : low(two);
+              const u32 two = pack<BRAIN>(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]) & inside(m, i);
+              sum += NEIGHBOURS == 2 ? low<BRAIN>(two) + high<BRAIN>(two) : e ? high<BRAIN>(two) : low<BRAIN>(two);
             }
           const float mean = over_rows(sum) * share;
           #pragma unroll
           for (int m = 0; m < BLOCKS; m++)
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-              const u32 two = pack(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]);
-              const float a = low(two) - mean, b = high(two) - mean, square = NEIGHBOURS == 2 ? a * a + b * b : e ? b * b : a * a;
+              const u32 two = pack<BRAIN>(d[m][4 * j + 2 * i], d[m][4 * j + 2 * i + 1]);
+              const float a = low<BRAIN>(two) - mean, b = high<BRAIN>(two) - mean;
+              const float square = NEIGHBOURS == 2 ? a * a + b * b : e ? b * b : a * a;
               m2 += inside(m, i) ? square : 0;
             }
           m2 = over_rows(m2);
@@ -342,14 +308,16 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       for (int unit = threadIdx.x % 128; unit < UNITS; unit += 128) {
         float mean = 0, m2 = 0, count = 0;
         for (int i = 0; i < 4; i++) {
-          const float n = get(stage + 8 * (4 * UNITS + i)), both = count + n, delta = get(stage + 8 * (i * UNITS + unit)) - mean;
+          const u32 at = stage + 8 * (i * UNITS + unit);
+          const float n = get(stage + 8 * (4 * UNITS + i)), both = count + n, delta = get(at) - mean;
           const float part = n / fmaxf(both, 1);
-          m2 += get(stage + 8 * (i * UNITS + unit) + 4) + delta * delta * count * part;
+          m2 += get(at + 4) + delta * delta * count * part;
           mean += delta * part;
           count = both;
         }
         const long long plane = (long long)s.frames * s.units * s.chunks;
-        float* to = partials + ((long long)place.frame * s.units + place.n0 / NEIGHBOURS + unit) * s.chunks + o0 / ROWS * PHASES + place.phase;
+        const long long row = (long long)place.frame * s.units + place.n0 / NEIGHBOURS + unit;
+        float* to = partials + row * s.chunks + o0 / ROWS * PHASES + place.phase;
         to[0] = mean; to[plane] = m2; to[2 * plane] = count;
       }
 #endif
@@ -357,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       for (int m = 0; m < BLOCKS; m++)
         #pragma unroll
         for (int h = 0; h < N / CHUNK; h++) {
-          if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+          if (threadIdx.x % 128 == 0) read_out();
           together(wg);
           #pragma unroll
           for (int j = 0; j < CHUNK / 8; j += 2) {
@@ -365,10 +333,11 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
             #pragma unroll
             for (int i = 0; i < 4; i++) {
               const float* two = &d[m][4 * (h * (CHUNK / 8) + j + i / 2) + 2 * (i % 2)];
-              word[i] = pack(two[0], two[1]) & inside(m, i % 2);
+              word[i] = pack<BRAIN>(two[0], two[1]) & inside(m, i % 2);
             }
+            const u32 to = stage + j / 4 * 4096 + (j & 2 ? swizzled ^ 32 : swizzled);
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-              :: "r"(stage + j / 4 * 4096 + (j & 2 ? swizzled ^ 32 : swizzled)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+              :: "r"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
           }
 #if KIND == UPSAMPLE
           // Each row goes to a pixel of its own: beside it the border, zeros of a pixel or a row further on.
@@ -377,25 +346,28 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           const int wide = 2 * s.W + 2;
           #pragma unroll 1
           for (int i = threadIdx.x % 128; i < 64 * PIECES; i += 128) {
-            const int line = i / PIECES, piece = i % PIECES, r = o0 + m % SUM * 64 + line, y = r / s.ROW, v = r % s.ROW;
+            const int line = i / PIECES, piece = i % PIECES, r = o0 + m % SUM * 64 + line;
+            const int y = r / s.ROW, v = r % s.ROW;
             u32 w0, w1, w2, w3;
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
               : "r"(stage + piece / 4 * 4096 + line * 64 + ((piece % 4 ^ (line >> 1 & 3)) << 4)) : "memory");
-            const long long pixel = (long long)(place.frame * (2 * s.H + 1) + 2 * y + place.phase + 1) * wide + 2 * v + m / SUM + 1;
-            if (y + place.phase <= s.H && v <= s.W) head[(pixel * s.O + place.n0 + h * CHUNK) / 8 + piece] = {w0, w1, w2, w3};
+            const long long line_to = place.frame * (2 * s.H + 1) + 2 * y + place.phase + 1;
+            const long long to = (line_to * wide + 2 * v + m / SUM + 1) * s.O + place.n0 + h * CHUNK;
+            if (y + place.phase <= s.H && v <= s.W) pixels[to / 8 + piece] = {w0, w1, w2, w3};
           }
 #else
-          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          seen_by_copies();
           together(wg);
           if (threadIdx.x % 128 == 0) {
             #pragma unroll
             for (int c = 0; c < CHUNK / 32; c++)
-              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64, AT_ONCE * place.frame + m / SUM);
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64,
+                    AT_ONCE * place.frame + m / SUM);
+            commit();
           }
 #endif
         }
     }
-    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (threadIdx.x % 128 == 0) written_out();
   }
 }

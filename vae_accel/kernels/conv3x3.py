@@ -20,7 +20,7 @@ from .group_statistics import empty_partials, layout_of, neighbours_of, note
 from .nvrtc import Program, TensorMap
 from .tile_io import weight_matrix
 
-SOURCE = Path(__file__).with_suffix(".cu")
+SOURCE, MACHINE = Path(__file__).with_suffix(".cu"), Path(__file__).with_name("sm90.cuh")
 NAME, ARCH = "conv3x3", "sm_90a"
 SHARED = 227 << 10  # bytes a program may have
 KINDS = ("direct", "pairs", "upsample")  # the macros of conv3x3.cu
@@ -69,7 +69,7 @@ class Form(NamedTuple):
         macros = {"N": self.columns, "KIND": KINDS.index(self.kind), "CONSUMERS": self.consumers, "BLOCKS": self.blocks}
         macros |= {"NA": pixels, "NB": weights, "NEIGHBOURS": neighbours, "BRAIN": int(result == torch.bfloat16)}
         macros |= {"BRAIN_OPERANDS": int(operands == torch.bfloat16)}
-        source = _products(self.columns) + SOURCE.read_text()
+        source = MACHINE.read_text() + _products(self.columns) + SOURCE.read_text()
         return Program(source, NAME, tuple(f"-D{name}={value}" for name, value in macros.items()), ARCH)
 
 
