@@ -46,13 +46,13 @@ class Card:
         monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
         monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)
         monkeypatch.setattr(conv3x3, "TensorMap", Box)
-        monkeypatch.setattr(nvrtc, "load", lambda program, shared: program)
+        monkeypatch.setattr(nvrtc, "load", lambda program, shared, card: program)
         monkeypatch.setattr(nvrtc, "launch", self.launch)
         for cached in (conv3x3._identity, conv3x3._kernel, conv3x3._form):
             cached.cache_clear()
         return self
 
-    def launch(self, program, grid, threads, shared, arguments, device):
+    def launch(self, program, grid, threads, shared, arguments, card):
         macro = {name: int(value) for name, value in (option[2:].split("=") for option in program.options)}
         assert threads == 128 * (macro["CONSUMERS"] + 1) and shared <= conv3x3.SHARED and grid <= self.processors
         self.launches.append(macro)

@@ -177,12 +177,26 @@ def test_what_it_takes(device):
     assert not conv3x3.takes(x[:, :40], weight, torch.bfloat16)
 
 
-def test_without_a_compiler_a_warning_says_so_once(monkeypatch):
-    conv3x3._ready.cache_clear()
+def refuse(program, shared, card):
+    raise nvrtc.CompileError("conv3x3 for sm_90a: unknown architecture")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("unavailable", lambda: "libnvrtc.so.13: cannot open", r"libnvrtc\.so\.13"),
+        ("load", refuse, "unknown architecture"),
+    ],
+    ids=["none", "old"],
+)
+def test_without_a_compiler_a_warning_says_so_once(monkeypatch, name, broken, words):
+    for cached in (conv3x3._ready, conv3x3._kernel):
+        cached.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: "libnvrtc.so.13: cannot open")
-    with pytest.warns(UserWarning, match=r"Triton's form, which is slower: libnvrtc\.so\.13"):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(nvrtc, name, broken)
+    with pytest.warns(UserWarning, match=f"Triton's form, which is slower: .*{words}"):
         assert not conv3x3.has_form(96, 96, torch.device("cuda", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -215,11 +229,54 @@ def test_a_compiler_that_refuses_is_quoted():
         nvrtc.compile(program)
 
 
-def test_what_was_compiled_is_read_again(monkeypatch, tmp_path):
-    made = []
+class Driver:
+    """Loads what begins with "good"."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def cuModuleLoadData(self, module, code):
+        self.loaded.append(code)
+        return 0 if code.startswith(b"good") else 200
+
+    def __getattr__(self, name):
+        return lambda *args: 0
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A driver and a compiler of which `made` tells."""
+    driver = Driver()
+    driver.made = []
     monkeypatch.setattr(nvrtc, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(nvrtc, "compile", lambda program: made.append(program) or (b"code", ""))
-    first = nvrtc.Program("text", "name", ("-DN=96",), "sm_90a")
-    assert nvrtc._machine_code(first) == nvrtc._machine_code(first) == b"code" and made == [first]
-    nvrtc._machine_code(first._replace(options=("-DN=128",)))
-    assert len(made) == 2
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "compile", lambda program: driver.made.append(program) or (b"good", ""))
+    return driver
+
+
+PROGRAM = nvrtc.Program("text", "name", ("-DN=96",), "sm_90a")
+
+
+def test_what_was_compiled_is_read_again_and_what_is_broken_is_compiled_again(driver):
+    for _ in range(2):
+        nvrtc.load(PROGRAM, 1024, 0)
+    assert driver.made == [PROGRAM] and driver.loaded == [b"good"] * 2
+    nvrtc.load(PROGRAM._replace(options=("-DN=128",)), 1024, 0)
+    assert len(driver.made) == 2
+    nvrtc._path(PROGRAM).write_bytes(b"half a file")
+    nvrtc.load(PROGRAM, 1024, 0)
+    assert len(driver.made) == 3 and driver.loaded[-2:] == [b"half a file", b"good"]
+    assert nvrtc._path(PROGRAM).read_bytes() == b"good"
+
+
+def test_what_does_not_load_says_so(driver, monkeypatch):
+    monkeypatch.setattr(nvrtc, "compile", lambda program: (b"bad", ""))
+    with pytest.raises(RuntimeError, match="CUDA error 200: name to load"):
+        nvrtc.load(PROGRAM, 1024, 0)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(driver, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(nvrtc, "cache_directory", lambda: tmp_path / "file")
+    nvrtc.load(PROGRAM, 1024, 0)
+    assert driver.made == [PROGRAM]

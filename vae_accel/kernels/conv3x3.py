@@ -103,9 +103,15 @@ def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _ready(device: torch.device) -> bool:
+    """Whether a form compiles and loads; said once where it does not."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     reason = nvrtc.unavailable()
+    if reason is None:
+        try:
+            _kernel(Form(128, "direct", 2), torch.float16, torch.bfloat16, 0, 128, device.index or 0)
+        except RuntimeError as error:
+            reason = str(error)
     if reason is not None:
         warnings.warn(f"convolutions run in Triton's form, which is slower: {reason}", stacklevel=2)
     return reason is None
@@ -182,11 +188,11 @@ def _launch(
     if _dispatch.tally is not None:  # by pairs as many as the direct convolution, for a rate that compares
         per_output = channels * (4 if kind == "upsample" else 9 * sizes.KT)
         _dispatch.tally(NAME, 2 * out.numel() * per_output, 0)
+    neighbours, card = neighbours_of(outputs) if statistics else 0, x.device.index or 0
     with torch.cuda.device_of(x):
-        kernel = _kernel(form, x.dtype, out.dtype, neighbours_of(outputs) if statistics else 0, outputs, x.device)
-        nvrtc.launch(
-            kernel, grid, 128 * (form.consumers + 1), form.shared(outputs), (*maps, *pointers, sizes), x.device
-        )
+        kernel = _kernel(form, x.dtype, out.dtype, neighbours, outputs, card)
+        threads, shared = 128 * (form.consumers + 1), form.shared(outputs)
+        nvrtc.launch(kernel, grid, threads, shared, (*maps, *pointers, sizes), card)
     if partials is not None:
         note(out, partials)
     return out
@@ -194,10 +200,9 @@ def _launch(
 
 @functools.cache
 def _kernel(
-    form: Form, operands: torch.dtype, result: torch.dtype, neighbours: int, channels_out: int, device: torch.device
+    form: Form, operands: torch.dtype, result: torch.dtype, neighbours: int, channels_out: int, card: int
 ) -> ctypes.c_void_p:
-    """`device` is current."""
-    return nvrtc.load(form.program(operands, result, neighbours), form.shared(channels_out))
+    return nvrtc.load(form.program(operands, result, neighbours), form.shared(channels_out), card)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -72,25 +72,43 @@ def compile(program: Program) -> tuple[bytes, str]:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))
 
 
-def load(program: Program, shared: int) -> ctypes.c_void_p:
-    """The kernel in the context of the current card, with so many bytes of dynamic shared memory. It stays loaded."""
-    torch.cuda.current_stream()  # makes the context
+def load(program: Program, shared: int, device: int) -> ctypes.c_void_p:
+    """The kernel on a card, with so many bytes of dynamic shared memory. It stays loaded.
+
+    Raises:
+        CompileError, OSError: it cannot be compiled.
+        RuntimeError: it cannot be loaded.
+    """
+    _make_current(device)
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), _machine_code(program)), "load")
+    path = _path(program)
+    if driver.cuModuleLoadData(ctypes.byref(module), _machine_code(program, path)):
+        path.unlink(missing_ok=True)  # what lay there is broken
+        _check(driver.cuModuleLoadData(ctypes.byref(module), _machine_code(program, path)), f"{program.name} to load")
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, program.name.encode()), program.name)
     _check(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED, shared), f"{shared} bytes of shared memory")
     return function
 
 
 def launch(
-    function: ctypes.c_void_p, grid: int, threads: int, shared: int, arguments: Sequence[Any], device: torch.device
+    function: ctypes.c_void_p, grid: int, threads: int, shared: int, arguments: Sequence[Any], device: int
 ) -> None:
-    """On torch's current stream. `arguments` are ctypes values, or tensor maps; all are read before this returns."""
+    """On torch's current stream of a card. `arguments` are ctypes values or tensor maps, read before this returns."""
+    _make_current(device)
     at = (ctypes.c_void_p * len(arguments))(
         *(a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments)
     )
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     _check(_driver().cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, at, None), "launch")
+
+
+def _make_current(device: int) -> None:
+    """Gives a thread that has asked CUDA for nothing yet the context which torch uses."""
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "context")
+    if not context.value:
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "context")
+        _check(driver.cuCtxSetCurrent(context), "context")
 
 
 class TensorMap:
@@ -114,11 +132,15 @@ class TensorMap:
         _check(error, f"a tensor map of {tuple(sizes)} in boxes of {tuple(box)}")
 
 
-def _machine_code(program: Program) -> bytes:
-    """From the user's cache, or compiled and put there."""
-    version = torch.version.cuda or ""
-    digest = hashlib.sha256("\0".join((*program[:2], *program.options, program.arch, version)).encode()).hexdigest()
-    path = cache_directory() / "kernels" / f"{program.name}-{digest[:24]}.cubin"
+def _path(program: Program) -> Path:
+    """Where the machine code of a program is kept, for the compiler of this torch."""
+    text = "\0".join((program.source, *program.options, program.arch, torch.version.cuda or ""))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return cache_directory() / "kernels" / f"{program.name}-{digest[:24]}.cubin"
+
+
+def _machine_code(program: Program, path: Path) -> bytes:
+    """What is kept at `path`, or compiled and put there."""
     try:
         return path.read_bytes()
     except OSError:
