@@ -77,8 +77,8 @@ class Kind:
 
 LINEAR, METADATA = ("patch_embed_as_linear",), ("vision_metadata",)
 BOTH = LINEAR + METADATA
-QWEN2 = (*BOTH, "packed_attention", "fused_elementwise")
-WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise")
+QWEN2 = (*BOTH, "packed_attention", "fused_elementwise", "fused_linears")
+WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise", "fused_linears")
 QWEN25 = {"text_encoder": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2.5-vl")}
 SIGLIP, CLIP = TOWERS["siglip"], TOWERS["clip"]
 QWEN_IMAGE, WAN, HUNYUAN = (VAES[id].build for id in ("qwen-image", "wan2.1", "hunyuan-video"))
