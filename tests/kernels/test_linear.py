@@ -104,6 +104,17 @@ def test_reference_is_stocks():
         torch.testing.assert_close(linear(x, weights, biases, act=act), want)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count, gated, act", [(1, False, "gelu"), (2, True, "silu"), (3, False, None)])
+def test_traces_whole(count, gated, act):
+    x, weights, biases = operands((2, 3), 8, 6, torch.float32, "cpu", count)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    residual = torch.randn(2, 3, 6) if count == 1 else None
+    torch.library.opcheck(
+        torch.ops.vae_accel.linear.default, (x, weights, biases, act, gated, residual), test_utils=tests
+    )
+
+
 def test_bad_input():
     x, weights, biases = operands((4,), 8, 6, torch.float32, "cpu", 2)
     for given, message in (

@@ -17,6 +17,7 @@ from tests.interpreter import kernels, poison
 from tests.recorder import Recorder
 from tests.towers import PACKED, RELATIVES, TABLE
 from vae_accel.edits import Ledger, ledger_of
+from vae_accel.families import linears as family
 from vae_accel.kernels import _dispatch
 from vae_accel.platforms import Cpu, base
 from vae_accel.rewrites.cuda_graph import CudaGraph
@@ -107,6 +108,14 @@ def test_the_kernel_itself(id, monkeypatch):
     assert (launched.count("_linear") / 2, len(products) / 2) == LAUNCHES[id]
     errors = [sum(float((a - b).norm()) for a, b in zip(outs, golden, strict=True)) for outs in (got, theirs)]
     assert errors[0] <= 1.05 * errors[1]
+
+
+def test_a_padded_width_stays_padded(monkeypatch):
+    """44 channels are stored as 64, in which the product that makes them and the one that reads them run."""
+    widths, product = [], family.product
+    monkeypatch.setattr(family, "product", lambda x, w, b, **how: widths.append(w[0].shape) or product(x, w, b, **how))
+    QWEN25.outputs(optimized(QWEN25.build()), QWEN25.inputs())
+    assert widths == [(32, 32), (64, 32), (32, 64)] * 2
 
 
 @torch.no_grad()

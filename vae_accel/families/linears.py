@@ -152,14 +152,18 @@ def disturbance(layer: nn.Module, parts: Parts, counted: bool) -> str | None:
     """
     for path in (*parts.all, parts.act):
         module = layer.get_submodule(path)
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if counted and path == parts.attention:
-            hooks = tuple(hook for hook in hooks if getattr(hook, "__module__", "") != CAPTURES)
-        if hooks:
+        if (module._forward_hooks or module._forward_pre_hooks) and not (
+            counted and path == parts.attention and _only_captures(module)
+        ):
             return f"a hook on {path}"
         if not carries_ours(module) and (path != parts.act or "forward" in vars(module)):
             return f"{path} was exchanged or patched"
     return None if activation(layer.get_submodule(parts.act)) else f"{parts.act} is another activation"
+
+
+def _only_captures(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(getattr(hook, "__module__", "") == CAPTURES for hook in hooks)
 
 
 def read(layer: nn.Module) -> tuple[Layer, Mlp, Parts] | str | None:

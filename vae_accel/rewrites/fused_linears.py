@@ -98,7 +98,8 @@ def forward(
 
 def _unproved(layer: nn.Module, row: Layer, parts: Parts, x: Tensor) -> str | None:
     """Why a call is not ours, or None. On a CPU torch's steps run in the place of the kernel."""
-    if runs_stock(x, *layer.parameters()):
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    if wanted or runs_stock(x):
         return "a gradient or autocast"
     if x.device.type != "cpu" and not takes(x):
         return f"more than 16 bits or {MOST_ROWS} tokens, or no Triton"

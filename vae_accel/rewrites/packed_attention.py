@@ -74,7 +74,7 @@ def forward(
     Plus a `residual` [L, C], which only `fused_linears` passes, whose layers add it in the projection.
     """
     if torch.compiler.is_compiling() or hidden_states.is_meta:
-        return below(hidden_states, cu_seqlens, *args, **kwargs)
+        return _sum(below(hidden_states, cu_seqlens, *args, **kwargs), residual)
     found = None if "flash" in family.implementation(attention) else segments.of(cu_seqlens)
     angles: Any = None if args else kwargs.get("position_embeddings")
     reason = _unproved(attention, hidden_states, found, angles, kwargs)
@@ -84,8 +84,7 @@ def forward(
     if form is None or found is None:
         ledger.count(PackedAttention.name, f"layers left to stock: {reason or f'a bucket in {hidden_states.dtype}'}")
         ends = cu_seqlens if found is None else _on_the_host(cu_seqlens, found)
-        out = below(hidden_states, ends, *args, **kwargs)
-        return out if residual is None else residual + out
+        return _sum(below(hidden_states, ends, *args, **kwargs), residual)
     ledger.count(PackedAttention.name, form.value)
     cos, sin = angles
     length, scale = len(hidden_states), attention.scaling
@@ -101,6 +100,10 @@ def forward(
             out = by_runs(q, k, qkv[:, 2], found.runs(), scale)
     out = out.reshape(length, -1)
     return attention.proj(out) if residual is None else added(attention.proj, out, residual)
+
+
+def _sum(out: Tensor, residual: Tensor | None) -> Tensor:
+    return out if residual is None else residual + out
 
 
 def _unproved(
