@@ -110,6 +110,27 @@ def test_the_kernel_itself(id, monkeypatch):
     assert errors[0] <= 1.05 * errors[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("id", LAUNCHES)
+def test_on_a_card(id):
+    """In bf16, and in fp32, whose layers stay as they were."""
+    tower = TOWERS[id]
+    stock = tower.build().cuda()
+    ours, feed = optimized(copy.deepcopy(stock)), {k: v.cuda() for k, v in tower.inputs().items()}
+    with torch.no_grad():
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in feed.items()}
+        golden = tower.run(copy.deepcopy(stock).double(), wide)
+        tower.run(ours, feed)
+        (left,) = counts(ours)
+        assert "more than 16 bits" in left
+        narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in feed.items()}
+        outs = [tower.run(model.bfloat16(), narrow) for model in (ours, stock)]
+    assert counts(ours) == {FUSED: 2}
+    errors = [sum(float((a - b).norm()) for a, b in zip(out, golden, strict=True)) for out in outs]
+    assert errors[0] <= 1.1 * errors[1]
+
+
 def test_a_padded_width_stays_padded(monkeypatch):
     """44 channels are stored as 64, in which the product that makes them and the one that reads them run."""
     widths, product = [], family.product

@@ -166,8 +166,8 @@ def takes(x: Tensor) -> bool:
 
 def _run(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
     act: str | None,
     gated: bool,
     residual: Tensor | None,
@@ -180,18 +180,7 @@ def _run(
     return _launch(x, weights, biases, act, gated, residual, tile_for(x.numel() // x.shape[-1]))
 
 
-def _traced(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    act: str | None,
-    gated: bool,
-    residual: Tensor | None,
-) -> Tensor:
-    return _run(x, weights, biases, act, gated, residual)
-
-
-_op = torch.library.custom_op("vae_accel::linear", _traced, mutates_args=())
+_op = torch.library.custom_op("vae_accel::linear", _run, mutates_args=())
 _op.register_fake(lambda x, weights, biases, act, gated, residual: x.new_empty(_shape(x, weights, gated)))
 
 
