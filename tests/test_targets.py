@@ -77,8 +77,9 @@ class Kind:
 
 LINEAR, METADATA = ("patch_embed_as_linear",), ("vision_metadata",)
 BOTH = LINEAR + METADATA
-QWEN2 = (*BOTH, "packed_attention", "fused_elementwise")
-WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise")
+LAYERS = ("fused_linears",)
+QWEN2 = (*BOTH, "packed_attention", "fused_elementwise", *LAYERS)
+WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise", *LAYERS)
 QWEN25 = {"text_encoder": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2.5-vl")}
 SIGLIP, CLIP = TOWERS["siglip"], TOWERS["clip"]
 QWEN_IMAGE, WAN, HUNYUAN = (VAES[id].build for id in ("qwen-image", "wan2.1", "hunyuan-video"))
@@ -153,7 +154,7 @@ KINDS = (
         "text_encoder",
         "model.vision_tower",
         CLIP,
-        LINEAR,
+        LINEAR + LAYERS,
         ("text_encoder_2",),
     ),
     Kind(
@@ -167,7 +168,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR,
+        LINEAR + LAYERS,
         ("text_encoder", "text_encoder_2"),
     ),
     Kind(
@@ -176,7 +177,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR,
+        LINEAR + LAYERS,
         ("text_encoder",),
     ),
     Kind(
@@ -185,7 +186,7 @@ KINDS = (
         "image_encoder",
         "",
         CLIP,
-        LINEAR,
+        LINEAR + LAYERS,
         ("text_encoder",),
     ),
     Kind(
@@ -194,7 +195,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR,
+        LINEAR + LAYERS,
         ("text_encoder", "text_encoder_2"),
     ),
     Kind(
@@ -207,7 +208,7 @@ KINDS = (
         "siglip",
         "",
         TOWERS["siglip2"],
-        METADATA,
+        METADATA + LAYERS,
         ("text_encoder",),
     ),
     Kind(
@@ -216,7 +217,7 @@ KINDS = (
         "image_encoder",
         "",
         TOWERS["clip-projection"],
-        LINEAR,
+        LINEAR + LAYERS,
     ),
 )
 

@@ -192,6 +192,15 @@ def obstacle(root: nn.Module, ledger: Ledger, path: str, slot: str, over: tuple[
     return None
 
 
+def carries_ours(module: nn.Module, name: str = "forward") -> bool:
+    """Whether a call of the method still reaches a function of this package, itself or through a hook that wraps it.
+
+    Not so on a module that was exchanged since, or whose method somebody replaced.
+    """
+    functions = (getattr(holder.get(key), "func", None) for holder, key in _holders(module, name))
+    return any(getattr(f, "__module__", "").startswith(f"{__package__}.") for f in functions if f is not None)
+
+
 def unusable_weight(module: nn.Module, name: str = "weight") -> str | None:
     """Why a parameter cannot be read or laid out as a plain tensor (parametrized, quantized), or None."""
     parameter = module._parameters.get(name)

@@ -8,6 +8,7 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
+from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
@@ -41,5 +42,6 @@ class Cpu(Platform):
         Step(PackedAttention(), "off", "1.0x on four layers of Qwen2.5-VL's tower"),
         Step(PaddedMlp(), "off", "1.0x in fp32 and slower in bf16 on four layers of Qwen2.5-VL's tower"),
         Step(FusedElementwise(), "off", "its kernels are for accelerators"),
+        Step(FusedLinears(), "off", "its kernels are for accelerators"),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

@@ -9,6 +9,7 @@ from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
+from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.latent_chunks import LatentChunks
@@ -44,5 +45,6 @@ class Cuda(Platform):
         Step(PackedAttention(), "on", "results"),
         Step(PaddedMlp(), "on", "results"),
         Step(FusedElementwise(), "on", "results"),
+        Step(FusedLinears(), "off", "not measured yet"),
         Step(CudaGraph(), "on", "results"),
     )

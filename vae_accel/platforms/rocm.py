@@ -8,6 +8,7 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
+from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
 from vae_accel.rewrites.math_attention import MathAttention
@@ -44,5 +45,6 @@ class Rocm(Platform):
         Step(PackedAttention(), "off", UNMEASURED),
         Step(PaddedMlp(), "off", UNMEASURED),
         Step(FusedElementwise(), "off", UNMEASURED),
+        Step(FusedLinears(), "off", UNMEASURED),
         Step(CudaGraph(), "off", f"{UNMEASURED}: graphs of HIP"),
     )

@@ -8,6 +8,7 @@ NAMES = (
     "packed_attention",
     "padded_mlp",
     "fused_elementwise",
+    "fused_linears",
     "fused_norm_act",
     "folded_upsample",
     "causal_padding",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vae_accel.edits import Ledger, Pen, ledger_of, obstacle
 from vae_accel.families import packed_attention as family
 from vae_accel.families import segments
+from vae_accel.families.linears import added
 from vae_accel.families.segments import Segments
 from vae_accel.kernels import segment_attention as kernel
 from vae_accel.kernels.rotary import rotary
@@ -65,11 +66,15 @@ def forward(
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     *args: Any,
+    residual: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`forward(hidden_states [L, C], cu_seqlens [segments + 1], position_embeddings=(cos, sin) [L, D])`: [L, C]."""
+    """`forward(hidden_states [L, C], cu_seqlens [segments + 1], position_embeddings=(cos, sin) [L, D])`: [L, C].
+
+    Plus a `residual` [L, C], which only `fused_linears` passes, whose layers add it in the projection.
+    """
     if torch.compiler.is_compiling() or hidden_states.is_meta:
-        return below(hidden_states, cu_seqlens, *args, **kwargs)
+        return _sum(below(hidden_states, cu_seqlens, *args, **kwargs), residual)
     found = None if "flash" in family.implementation(attention) else segments.of(cu_seqlens)
     angles: Any = None if args else kwargs.get("position_embeddings")
     reason = _unproved(attention, hidden_states, found, angles, kwargs)
@@ -79,7 +84,7 @@ def forward(
     if form is None or found is None:
         ledger.count(PackedAttention.name, f"layers left to stock: {reason or f'a bucket in {hidden_states.dtype}'}")
         ends = cu_seqlens if found is None else _on_the_host(cu_seqlens, found)
-        return below(hidden_states, ends, *args, **kwargs)
+        return _sum(below(hidden_states, ends, *args, **kwargs), residual)
     ledger.count(PackedAttention.name, form.value)
     cos, sin = angles
     length, scale = len(hidden_states), attention.scaling
@@ -93,7 +98,12 @@ def forward(
             out = _varlen(q, k, qkv[:, 2], cu_seqlens, found.longest, scale)
         else:
             out = by_runs(q, k, qkv[:, 2], found.runs(), scale)
-    return attention.proj(out.reshape(length, -1))
+    out = out.reshape(length, -1)
+    return attention.proj(out) if residual is None else added(attention.proj, out, residual)
+
+
+def _sum(out: Tensor, residual: Tensor | None) -> Tensor:
+    return out if residual is None else residual + out
 
 
 def _unproved(
