@@ -18,7 +18,7 @@ from vae_accel import api
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
 
-NAMES = ("hunyuan-video", "hunyuan-video-1.5", "hunyuan-image-refiner", "mochi")
+NAMES = ("hunyuan-video", "hunyuan-video-1.5", "hunyuan-image-refiner", "mochi", "cogvideox")
 CASES = [WIDE, *(TINY[name] for name in NAMES)]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
