@@ -41,6 +41,9 @@ SHUFFLED |= {"spatial_compression_ratio": 4}
 LINEAR: dict[str, Any] = {"latent_channels": 8, "layers_per_block": (1, 1, 1, 1), "temporal_expansions": (1, 3)}
 LINEAR |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (32, 32, 128))
 LINEAR |= {"spatial_expansions": (2, 2), "add_attention_block": (False, True, False, True)}
+MODULATED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (8, 8, 16), "layers_per_block": 1}
+MODULATED |= {"down_block_types": ("CogVideoXDownBlock3D",) * 3, "up_block_types": ("CogVideoXUpBlock3D",) * 3}
+MODULATED |= {"norm_num_groups": 4}
 CLIPS = [
     video("wan2.1", "AutoencoderKLWan", 4, (3, 3, 2), (4, 4), config=WAN, causal=True),
     video("wan2.2", "AutoencoderKLWan", 4, (3, 3, 2), (4, 8), config={**WAN, **PATCHED}, causal=True),
@@ -48,10 +51,10 @@ CLIPS = [
     video("hunyuan-video", "AutoencoderKLHunyuanVideo", 8, (3, 2, 3), (4, 4), config=REPLICATED),
     video("hunyuan-video-1.5", "AutoencoderKLHunyuanVideo15", 8, (3, 2, 3), (4, 4), config=SHUFFLED, batch=False),
     video("mochi", "AutoencoderKLMochi", 8, (2, 2, 3), (4, 4), config=LINEAR),
+    video("cogvideox", "AutoencoderKLCogVideoX", 8, (3, 2, 3), (4, 4), config=MODULATED),
 ]
 KL = {**next(case for case in TABLE if case.id == "flux.1").config, "block_out_channels": (32, 32)}
 HUNYUAN = {**next(case for case in TABLE if case.id == "hunyuan-image").config, "block_out_channels": (32, 32)}
-HUNYUAN["spatial_compression_ratio"] = 2
 HUNYUAN["spatial_compression_ratio"] = 2
 IMAGES = [
     image("flux.1", "AutoencoderKL", 16, (2, 3), 2, config=KL),
@@ -113,6 +116,17 @@ def test_clips(case: Tiny) -> None:
         decoded(case, vae, case.decode, noise(batch, case.latent_shape[1], latents, *size))
         side = case.pixel_shape[-1] // case.latent_shape[-1]
         encoded(case, vae, case.encode, noise(batch, 3, 4 * latents - 3, side * size[0], side * size[1]).clamp(-1, 1))
+    decoded.check()
+    encoded.check()
+
+
+@pytest.mark.parametrize("case", CLIPS[-1:], ids=lambda case: case.id)
+def test_steps_hand_on_their_frames(case: Tiny) -> None:
+    """Two latents, or eight frames, a step, the first longer by one."""
+    decoded, encoded, vae = Compared(), Compared(), optimized(case.build(dtype=torch.float16))
+    for latents, batch in ((5, 1), (4, 2)):
+        decoded(case, vae, case.decode, noise(batch, case.latent_shape[1], latents, 1, 2))
+        encoded(case, vae, case.encode, noise(batch, 3, 4 * latents - 3, 4, 8).clamp(-1, 1))
     decoded.check()
     encoded.check()
 
