@@ -25,8 +25,10 @@ from vae_accel.families import clip_conv
 from vae_accel.families.image_conv import unlike, upsampled_conv
 from vae_accel.families.kl import normed, reach
 from vae_accel.families.row import Block, Hand
+from vae_accel.families.upsamplers import doubled, twice
 from vae_accel.kernels import bordered
 from vae_accel.kernels._dispatch import empty_in_layout_of
+from vae_accel.kernels.eligible import runs
 from vae_accel.kernels.group_statistics import note, noted
 from vae_accel.rewrite import runs_stock
 
@@ -66,7 +68,7 @@ def upsample(block: Any, below: Callable[..., Tensor], inputs: Tensor) -> Tensor
     """[N, C, T, H, W] -> [N, C', T, 2H, 2W]; where time is compressed 2T frames, or 2T - 1 of an odd T."""
     x = inputs
     adapted = not isinstance(block.conv, nn.Conv2d)  # which would add to the small clip
-    if adapted or x.dim() != 5 or x.numel() == 0 or runs_stock(x):
+    if adapted or not _ours(x):
         return below(x)
     frames = x.shape[2]
     y = bordered.clip(block.conv(bordered.pictures(x), small=True), frames)
@@ -75,7 +77,7 @@ def upsample(block: Any, below: Callable[..., Tensor], inputs: Tensor) -> Tensor
 
 def downsample(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
     """[N, C, T, H, W] -> [N, C', T, H/2, W/2]; where time is compressed T/2 frames, beside the first of an odd T."""
-    if x.dim() != 5 or x.numel() == 0 or runs_stock(x):
+    if not _ours(x):
         return below(x)
     n, c, t, h, w = x.shape
     alone = t % 2 if block.compress_time else t
@@ -89,33 +91,29 @@ def downsample(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
     return bordered.clip(block.conv(bordered.pictures(padded)), padded.shape[2])
 
 
-def _twice(x: Tensor, alone: int) -> Tensor:
-    """Every frame of `[N, C, T, H, W]` twice, but for so many first ones: `[N, C, 2 T - alone, H, W]`.
+def _ours(x: Tensor) -> bool:
+    return x.dim() == 5 and x.numel() > 0 and not runs_stock(x) and runs(x)
 
-    A bordered clip's memory is copied with its border, and with what is noted of it for the norm behind it.
-    """
-    n, c, t, h, w = x.shape
-    shape = (n, c, 2 * t - alone, h, w)
+
+def _twice(x: Tensor, alone: int) -> Tensor:
+    """`twice`; of a bordered clip the memory, its border with it, and what is noted of it for the norm behind it."""
     if not bordered.is_bordered(x):
-        return _doubled(x, empty_in_layout_of(x, shape), 2, alone)
-    partials, place = noted(x, 1), bordered.geometry(x)
-    out = bordered.empty(shape, x.dtype, x.device, place.border, versions=partials is not None)
+        return twice(x, alone)
+    n, c, t, h, w = x.shape
+    frames, partials, place = 2 * t - alone, noted(x, 1), bordered.geometry(x)
+    out = bordered.empty((n, c, frames, h, w), x.dtype, x.device, versions=partials is not None)
     source, target = bordered.pixels_of(x), bordered.pixels_of(out)
-    target[shape[2] * n * place.frame :].zero_()
-    frames = target[: shape[2] * n * place.frame].view(n, shape[2], -1)
-    _doubled(source[: t * n * place.frame].view(n, t, -1), frames, 1, alone)
+    doubled(_frames(source, n, t, place.frame), _frames(target, n, frames, place.frame), 1, alone)
+    target[n * frames * place.frame :].zero_()
     if partials is not None:
         parts = partials.unflatten(1, (n, t))
-        note(out, _doubled(parts, parts.new_empty((3, n, shape[2], *parts.shape[3:])), 2, alone).flatten(1, 2))
+        note(out, doubled(parts, parts.new_empty((3, n, frames, *parts.shape[3:])), 2, alone).flatten(1, 2))
     return out
 
 
-def _doubled(x: Tensor, out: Tensor, dim: int, alone: int) -> Tensor:
-    """Into `out` what lies along `dim` of `x`, each twice but for so many first ones."""
-    out.narrow(dim, 0, alone).copy_(x.narrow(dim, 0, alone))
-    rest, twice = (y.narrow(dim, alone, y.shape[dim] - alone) for y in (x, out))
-    twice.unflatten(dim, (-1, 2)).copy_(rest.unsqueeze(dim + 1))
-    return out
+def _frames(pixels: Tensor, n: int, frames: int, size: int) -> Tensor:
+    """`[n, frames, size * C]` of the memory `[pixels, C]` of a bordered clip."""
+    return pixels[: n * frames * size].view(n, frames, -1)
 
 
 def _residual(m: Any) -> Block | str:

@@ -190,8 +190,8 @@ def group_norm_modulate_act(
 
     `scale` and `shift` are `[N, C, t, h, w]` at the latent's size. Frame `i` of `x` takes their frame `frames[i]`
     (`frames` has T entries below t: how a family enlarges time is its own), rows and columns follow
-    `F.interpolate(mode="nearest")`. Arithmetic is fp32 with one rounding to x's dtype; the result has x's layout, with a
-    border of zeros where x has one. Where autograd records, the reference runs.
+    `F.interpolate(mode="nearest")`. Arithmetic is fp32 with one rounding to x's dtype; the result has x's layout, with
+    a border of zeros where x has one. Where autograd records, the reference runs.
 
     Raises:
         ValueError: shapes that do not fit, or a frame outside the latent.
