@@ -71,8 +71,13 @@ def upsample(block: Any, below: Callable[..., Tensor], inputs: Tensor) -> Tensor
     if adapted or not _ours(x):
         return below(x)
     frames = x.shape[2]
-    y = bordered.clip(block.conv(bordered.pictures(x), small=True), frames)
-    return _twice(y, frames % 2) if block.compress_time and frames > 1 else y
+    pictures = block.conv(bordered.pictures(x), small=True)
+    y, partials = bordered.clip(pictures, frames), noted(pictures, 1)
+    if block.compress_time and frames > 1:
+        return _twice(y, partials, frames % 2)
+    if partials is not None:
+        note(y, partials)
+    return y
 
 
 def downsample(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -95,12 +100,12 @@ def _ours(x: Tensor) -> bool:
     return x.dim() == 5 and x.numel() > 0 and not runs_stock(x) and runs(x)
 
 
-def _twice(x: Tensor, alone: int) -> Tensor:
-    """`twice`; of a bordered clip the memory, its border with it, and what is noted of it for the norm behind it."""
+def _twice(x: Tensor, partials: Tensor | None, alone: int) -> Tensor:
+    """`twice`; of a bordered clip the memory, its border with it, and its `partials` for the norm behind it."""
     if not bordered.is_bordered(x):
         return twice(x, alone)
     n, c, t, h, w = x.shape
-    frames, partials, place = 2 * t - alone, noted(x, 1), bordered.geometry(x)
+    frames, place = 2 * t - alone, bordered.geometry(x)
     out = bordered.empty((n, c, frames, h, w), x.dtype, x.device, versions=partials is not None)
     source, target = bordered.pixels_of(x), bordered.pixels_of(out)
     doubled(_frames(source, n, t, place.frame), _frames(target, n, frames, place.frame), 1, alone)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import bordered, group_norm_act
+from . import _dispatch, bordered, group_norm_act
 from ._dispatch import (
     LazyKernel,
     Signature,
@@ -146,6 +146,8 @@ def _launch(
             around = layout(place)
         batches, T, C, S, strides, ROWS, COLS, columns = walk(source, per_frame=True)
         rows = ROWS * group_norm_act.NORMALIZE_STEPS
+        if _dispatch.tally is not None:
+            _dispatch.tally("_normalize_modulate", 0, 2 * out.numel() * out.element_size())
         _normalize_modulate[-(-S // rows), columns, batches](
             source, target, statistics, weight, bias, scale, shift, index, T, num_groups, C, S, *around, rows,
             *strides, *walk(target, per_frame=True).strides, *scale.stride(),
