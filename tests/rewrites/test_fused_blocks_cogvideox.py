@@ -224,6 +224,17 @@ def test_an_adapter_sees_what_it_sees_in_stock(which: str) -> None:
 
 
 @torch.no_grad()
+def test_an_adapter_that_hides_the_weight_is_given_what_the_norm_wrote() -> None:
+    """fp16, in front of a convolution in bf16."""
+    stock, ours = (residual(dtype=torch.bfloat16, spatial_norm_dim=None) for _ in range(2))
+    optimized(ours, NORMS)
+    for block in (stock, ours):
+        block.conv1.conv = Adapter(block.conv1.conv)
+    x = clip(1, 32, 3, 4, 6, dtype=torch.bfloat16)
+    torch.testing.assert_close(ours(x)[0], stock(x)[0], rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
 def test_where_ours_does_not_run_the_rewrites_beneath_it_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32, and cards other than Hopper: bit for bit the plan without these blocks."""
     for place in ("clip_conv", "cogvideox", "image_conv"):

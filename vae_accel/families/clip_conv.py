@@ -82,7 +82,7 @@ def convolve(
     `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
     """
     if around is None:
-        return below(input)
+        return below(_plain(conv, input))
     if upsampled is not None:
         return upsample_conv(input, conv.weight, conv.bias, space=around["space"], statistics=normed, **upsampled)
     if conv.out_channels <= MOST and around["padding"] == (1, 1) and residual is None:
