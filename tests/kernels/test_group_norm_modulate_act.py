@@ -2,8 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.clips import SMALL, assert_bordered, weights
 from tests.kernels.layouts import DTYPES, LAYOUTS, is_channels_last
 from tests.tolerances import assert_close
+from vae_accel.kernels import bordered, conv
+from vae_accel.kernels import group_norm_modulate_act as kernel
 from vae_accel.kernels._dispatch import LazyKernel
 from vae_accel.kernels.group_norm_modulate_act import group_norm_modulate_act, reference
 
@@ -27,6 +30,37 @@ def test_matches_fp64(device, size, latent, layout, dtype):
     assert LazyKernel.bound and out.dtype == dtype
     assert is_channels_last(out) if x.stride(1) == 1 else out.is_contiguous()
     assert_close(out, oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "latent"),
+    [((3, 12, 10), (2, 6, 5)), ((1, 13, 7), (1, 5, 3)), ((5, 1, 2), (3, 1, 2)), ((2, 70, 3), (1, 7, 3))],
+)
+def test_a_bordered_clip_stays_bordered(device, size, latent, dtype):
+    x, scale, shift, weight, bias = inputs(device, size, latent, channels=8, dtype=dtype)
+    frames = [t * latent[0] // size[0] for t in range(size[0])]
+    out = group_norm_modulate_act(bordered.bordered(x), 2, weight, bias, 1e-6, scale, shift, frames, act=True)
+    assert_bordered(out)
+    assert_close(out, reference(x.double(), 2, weight, bias, 1e-6, scale, shift, frames, act=True))
+
+
+def test_a_border_of_pixels_is_left_behind(device):
+    x, scale, shift, *_ = inputs(device)
+    x = bordered.bordered(x, border="replicate")
+    out = group_norm_modulate_act(x, 2, None, None, 1e-6, scale, shift, [0, 1, 1], act=True)
+    assert not bordered.is_bordered(out)
+    assert_close(out, reference(x.double(), 2, None, None, 1e-6, scale, shift, [0, 1, 1], act=True))
+
+
+def test_reads_the_statistics_of_the_convolution_before_it(device, monkeypatch):
+    x, scale, shift, weight, bias = inputs(device, channels=64, dtype=torch.float16)
+    taps, offset = weights(64, 64, 3, 3, 3, device=device)
+    x = conv._launch(x, taps, offset, 2, None, None, 1, time="replicate", statistics=True, tile=SMALL)
+    monkeypatch.setattr(kernel, "group_statistics", None)
+    monkeypatch.setattr("vae_accel.kernels.group_statistics.group_statistics", None)
+    out = group_norm_modulate_act(x, 8, weight, bias, 1e-6, scale, shift, [0, 1, 1], act=True)
+    assert_close(out, reference(x.double(), 8, weight, bias, 1e-6, scale, shift, [0, 1, 1], act=True))
 
 
 def test_without_affine_or_act(device):

@@ -18,7 +18,7 @@ from vae_accel import api
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
 
-NAMES = ("hunyuan-video", "hunyuan-video-1.5", "hunyuan-image-refiner", "mochi")
+NAMES = ("hunyuan-video", "hunyuan-video-1.5", "hunyuan-image-refiner", "mochi", "cogvideox")
 CASES = [WIDE, *(TINY[name] for name in NAMES)]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -51,10 +51,20 @@ def tiled(case: Tiny, vae: Any) -> list[Tensor]:
     return plain(case, case.tile(vae))
 
 
+def long(case: Tiny, vae: Any) -> list[Tensor]:
+    """Five latents: CogVideoX takes them in steps of three and two, and encodes nine frames and then eight."""
+    times = (case.pixel_shape[2] - 1) // (case.latent_shape[2] - 1)
+    z, side = case.latent_shape[1], case.pixel_shape[-1] // case.latent_shape[-1]
+    return [case.decode(vae, clip(1, z, 5, 2, 3)), case.encode(vae, clip(1, 3, 4 * times + 1, 2 * side, 2 * side))]
+
+
 def by_frames(case: Tiny, vae: Any) -> list[Tensor]:
     """Six latents in blended steps, as HunyuanVideo decodes by default."""
     vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 8, 4
     return [case.decode(vae, clip(1, 4, 6, 2, 3)), case.encode(vae, clip(1, 3, 13, 16, 16))]
+
+
+RUNS = (plain, single, pair, odd, sliced, tiled, long, by_frames)
 
 
 def reason_not_to(run: Any, case: Tiny) -> str | None:
@@ -63,6 +73,8 @@ def reason_not_to(run: Any, case: Tiny) -> str | None:
         return "several at once"
     if run is tiled and not case.tiling:
         return "tiles"
+    if run is long and case.pixel_shape[2] == 1:
+        return "a clip"
     if run is single and not case.single_frame:
         return "a single frame"
     return "steps of frames" if run is by_frames and case.vae_class != "AutoencoderKLHunyuanVideo" else None
@@ -70,7 +82,9 @@ def reason_not_to(run: Any, case: Tiny) -> str | None:
 
 @each_case
 @pytest.mark.parametrize("steps", [ALONE, NORMS, BESIDE], ids=["alone", "norms", "beside"])
-@pytest.mark.parametrize("run", [plain, single, pair, odd, sliced, tiled, by_frames], ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run", [plain, single, pair, odd, sliced, tiled, long, by_frames], ids=lambda run: run.__name__
+)
 @torch.inference_mode()
 def test_whole_clips_are_those_of_stock(case: Tiny, steps: base.Platform, run: Any) -> None:
     if (reason := reason_not_to(run, case)) is not None:

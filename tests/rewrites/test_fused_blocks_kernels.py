@@ -16,7 +16,7 @@ from tests import interpreter
 from tests.subjects import WIDE, plan
 from tests.tiny import Tiny, image, video
 from tests.vaes import TABLE
-from vae_accel.kernels import conv, group_norm_act, winograd
+from vae_accel.kernels import conv, group_norm_act, group_norm_modulate_act, group_statistics, winograd
 from vae_accel.kernels.bordered import bordered, is_bordered
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
@@ -41,6 +41,9 @@ SHUFFLED |= {"spatial_compression_ratio": 4}
 LINEAR: dict[str, Any] = {"latent_channels": 8, "layers_per_block": (1, 1, 1, 1), "temporal_expansions": (1, 3)}
 LINEAR |= dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (32, 32, 128))
 LINEAR |= {"spatial_expansions": (2, 2), "add_attention_block": (False, True, False, True)}
+MODULATED: dict[str, Any] = {"latent_channels": 8, "block_out_channels": (16, 16, 24), "layers_per_block": 1}
+MODULATED |= {"down_block_types": ("CogVideoXDownBlock3D",) * 3, "up_block_types": ("CogVideoXUpBlock3D",) * 3}
+MODULATED |= {"norm_num_groups": 4}
 CLIPS = [
     video("wan2.1", "AutoencoderKLWan", 4, (3, 3, 2), (4, 4), config=WAN, causal=True),
     video("wan2.2", "AutoencoderKLWan", 4, (3, 3, 2), (4, 8), config={**WAN, **PATCHED}, causal=True),
@@ -48,10 +51,10 @@ CLIPS = [
     video("hunyuan-video", "AutoencoderKLHunyuanVideo", 8, (3, 2, 3), (4, 4), config=REPLICATED),
     video("hunyuan-video-1.5", "AutoencoderKLHunyuanVideo15", 8, (3, 2, 3), (4, 4), config=SHUFFLED, batch=False),
     video("mochi", "AutoencoderKLMochi", 8, (2, 2, 3), (4, 4), config=LINEAR),
+    video("cogvideox", "AutoencoderKLCogVideoX", 8, (3, 2, 3), (4, 4), config=MODULATED),
 ]
 KL = {**next(case for case in TABLE if case.id == "flux.1").config, "block_out_channels": (32, 32)}
 HUNYUAN = {**next(case for case in TABLE if case.id == "hunyuan-image").config, "block_out_channels": (32, 32)}
-HUNYUAN["spatial_compression_ratio"] = 2
 HUNYUAN["spatial_compression_ratio"] = 2
 IMAGES = [
     image("flux.1", "AutoencoderKL", 16, (2, 3), 2, config=KL),
@@ -117,6 +120,17 @@ def test_clips(case: Tiny) -> None:
     encoded.check()
 
 
+@pytest.mark.parametrize("case", CLIPS[-1:], ids=lambda case: case.id)
+def test_steps_hand_on_their_frames(case: Tiny) -> None:
+    """Two latents, or eight frames, a step, the first longer by one."""
+    decoded, encoded, vae = Compared(), Compared(), optimized(case.build(dtype=torch.float16))
+    for batch, latents, frames in ((1, 5, 17), (2, 4, 16)):
+        decoded(case, vae, case.decode, noise(batch, case.latent_shape[1], latents, 1, 2))
+        encoded(case, vae, case.encode, noise(batch, 3, frames, 8, 12).clamp(-1, 1))
+    decoded.check()
+    encoded.check()
+
+
 @pytest.mark.parametrize("case", CLIPS[1:2], ids=lambda case: case.id)
 def test_a_stream_is_the_decode(case: Tiny) -> None:
     vae, z = optimized(case.build(dtype=torch.float16)), noise(1, 4, 4, 1, 2)
@@ -142,8 +156,9 @@ def test_pictures(case: Tiny) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What norms read once more for its statistics from now on."""
     seen: list[Tensor] = []
-    gather = group_norm_act.group_statistics
-    monkeypatch.setattr(group_norm_act, "group_statistics", lambda x, *a, **k: seen.append(x) or gather(x, *a, **k))
+    gather = group_statistics.group_statistics
+    for module in (group_statistics, group_norm_act, group_norm_modulate_act):
+        monkeypatch.setattr(module, "group_statistics", lambda x, *a, **k: seen.append(x) or gather(x, *a, **k))
     return seen
 
 
@@ -158,6 +173,15 @@ def test_norms_read_a_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     case.encode(vae, noise(1, 3, 8, 6))
     assert len(seen) == 3
+
+
+@torch.inference_mode()
+def test_norms_read_a_clip_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a latent modulates too, behind frames that were upsampled once and written twice."""
+    case = CLIPS[-1]
+    vae, seen = optimized(case.build(dtype=torch.float16)), passes(monkeypatch)
+    case.decode(vae, noise(1, case.latent_shape[1], 3, 1, 2))
+    assert not seen
 
 
 def brightened(module: Any, args: Any, y: Tensor) -> None:

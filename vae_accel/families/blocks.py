@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vae_accel.families import hunyuan_video, hunyuan_video_15, kl, mochi, wan
+from vae_accel.families import cogvideox, hunyuan_video, hunyuan_video_15, kl, mochi, wan
 from vae_accel.families.match import by_row
 from vae_accel.families.row import Block
 
@@ -16,6 +16,7 @@ ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {
     **hunyuan_video.ROWS,
     **hunyuan_video_15.ROWS,
     **mochi.ROWS,
+    **cogvideox.ROWS,
 }
 
 

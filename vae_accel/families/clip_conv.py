@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vae_accel.edits import unusable_weight
 from vae_accel.families.causal import ROWS as CAUSAL
 from vae_accel.families.causal import Call, Causal, causal_of, known_as, read
-from vae_accel.families.row import Hand
-from vae_accel.kernels.bordered import is_bordered
+from vae_accel.families.kl import NORMED
+from vae_accel.families.row import Block, Hand
+from vae_accel.kernels.bordered import is_bordered, last_frames
 from vae_accel.kernels.conv import conv as fused
 from vae_accel.kernels.eligible import runs, unsupported
 from vae_accel.kernels.half_operands import HALVED
@@ -54,12 +55,17 @@ def with_cache(
     conv_cache: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same where frames can be handed from call to call, but are not: Mochi's, whose clips come whole."""
+    """The same behind the frames `conv_cache` [N, C, t0, H, W] of the call before, and the frames for the next; None
+    where nothing is to be kept: Mochi's clips come whole, and a kernel may have no taps in time."""
     row, x = read(name, module), inputs
-    if _ours(module.conv, x, residual) and not row.caches:
-        return module.conv(x, around=_around(module.conv, row, row.pad), residual=residual), None
-    y, kept = below(_plain(module.conv, x), conv_cache)
-    return _added(y, residual), kept
+    keeps = row.pad[4] if row.caches else 0
+    history = conv_cache if keeps else None
+    if not (_ours(module.conv, x, residual, history) and _continues(x, history, keeps)):
+        y, kept = below(_plain(module.conv, x), _plain(module.conv, conv_cache))
+        return _added(y, residual), kept
+    history = None if history is None else history.to(x.dtype)
+    y = module.conv(x, around={**_around(module.conv, row, row.pad), "history": history}, residual=residual)
+    return y, _kept(x, history, keeps) if keeps else None
 
 
 def convolve(
@@ -76,12 +82,32 @@ def convolve(
     `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
     """
     if around is None:
-        return below(input)
+        return below(_plain(conv, input))
     if upsampled is not None:
         return upsample_conv(input, conv.weight, conv.bias, space=around["space"], statistics=normed, **upsampled)
     if conv.out_channels <= MOST and around["padding"] == (1, 1) and residual is None:
         return thin_conv(input, conv.weight, conv.bias, **{k: v for k, v in around.items() if k != "padding"})
     return fused(input, conv.weight, conv.bias, residual=residual, statistics=normed, **around)
+
+
+def _continues(x: Tensor, history: Tensor | None, frames: int) -> bool:
+    """Whether `history` is so many frames in front of `x`, or None; else stock says what is wrong."""
+    return history is None or (history.shape == (*x.shape[:2], frames, *x.shape[3:]) and history.device == x.device)
+
+
+def _kept(x: Tensor, history: Tensor | None, count: int) -> Tensor:
+    """The last `count` frames of `x` behind `history`, or behind its own first one again.
+
+    Copies, so that a long clip is not kept alive and the caller's, which is not bordered, may be written to.
+    """
+    if x.shape[2] > count:
+        return last_frames(x, count) if is_bordered(x) else x[:, :, -count:].clone()
+    x = x if is_bordered(x) else x.clone()
+    if x.shape[2] == count:
+        return x
+    front = x[:, :, :1].expand(-1, -1, count, -1, -1) if history is None else history
+    # A single frame, as of an image, is not copied in vain.
+    return front if history is None and x.shape[2] == 1 else torch.cat([front[:, :, x.shape[2] :], x], 2)
 
 
 def pointwise(conv: Any, below: Callable[..., Tensor], input: Tensor) -> Tensor:
@@ -107,6 +133,14 @@ def hands(module: nn.Module, name: str, normed: bool = False) -> tuple[Hand, ...
 FORWARDS: dict[Call, Callable[..., Any]] = {"plain": plain, "conv_cache": with_cache}
 
 
+def with_convs(
+    module: nn.Module, names: list[str], further: tuple[Hand, ...] = (), norms: tuple[str, ...] = ()
+) -> Block | str:
+    """A block with causal convolutions `names` that GroupNorms read as in `NORMED`; why not, where one is unlike."""
+    convs = (hand for name in names for hand in hands(module, name, name in NORMED))
+    return unlike_all(module, names) or Block((*further, *convs), norms)
+
+
 def unlike_all(module: nn.Module, names: list[str]) -> str | None:
     """Why one of the convolutions `names` in a module is not for these forwards, or None."""
     reasons = ((name, unlike(module.get_submodule(name))) for name in names)
@@ -118,8 +152,6 @@ def unlike(module: nn.Module) -> str | None:
     row = causal_of(module)
     if row is None or not row.conv or row.call not in FORWARDS:
         return f"{type(module).__name__} is no causal convolution known here"
-    if row.caches:
-        return "it keeps frames for the next call"
     conv: Any = getattr(module, row.conv)
     if type(conv) is not nn.Conv3d and known_as(conv, IN_PIECES) is None:
         return f"its convolution is a {type(conv).__name__}"
@@ -136,7 +168,7 @@ def unlike(module: nn.Module) -> str | None:
 
 def unlike_pointwise(conv: Any) -> str | None:
     """Why a module is not one for `pointwise`, or None."""
-    if type(conv) is not nn.Conv3d:
+    if type(conv) is not nn.Conv3d and known_as(conv, IN_PIECES) is None:
         return f"{type(conv).__name__} is no Conv3d"
     if conv.kernel_size != (1, 1, 1) or conv.padding != (0, 0, 0):
         return f"a kernel of {conv.kernel_size} with a padding of {conv.padding}"
@@ -159,16 +191,16 @@ def _around(conv: Any, row: Causal, pad: tuple[int, ...]) -> Around:
     }
 
 
-def _ours(conv: Any, x: Tensor, residual: Tensor | None = None) -> bool:
+def _ours(conv: Any, x: Tensor, *others: Tensor | None) -> bool:
     if not isinstance(conv, nn.Conv3d) or x.dim() != 5 or x.shape[1] != conv.in_channels or x.numel() == 0:
         return False
     fits = runs(x) and (x.dtype == conv.weight.dtype or _is_half(conv, x))
-    return fits and not runs_stock(x, residual, conv.weight, conv.bias)
+    return fits and not runs_stock(x, *others, conv.weight, conv.bias)
 
 
-def _plain(conv: Any, x: Tensor) -> Tensor:
+def _plain(conv: Any, x: Tensor | None) -> Any:
     """In the model's dtype again where a norm wrote fp16."""
-    return x.to(conv.weight.dtype) if _is_half(conv, x) else x
+    return x.to(conv.weight.dtype) if x is not None and _is_half(conv, x) else x
 
 
 def _is_half(conv: Any, x: Tensor) -> bool:

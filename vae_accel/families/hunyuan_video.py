@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae_accel.families import clip_conv
 from vae_accel.families.frames_attend import attend_to_earlier
-from vae_accel.families.kl import NORMED, is_stock, reach, residual_block
+from vae_accel.families.kl import is_stock, reach, residual_block
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.rewrite import runs_stock
@@ -65,7 +65,7 @@ def _residual(m: Any) -> Block | str:
     names = [name for name in ("conv1", "conv2", "conv_shortcut") if getattr(m, name) is not None]
     limits = reach(m.norm1, m.conv1.conv), reach(m.norm2, m.conv2.conv)
     norms = ("norm1", "norm2") if any(limits) else ()
-    return _with_convs(m, names, (Hand("", "forward", residual_block, (limits,)),), norms)
+    return clip_conv.with_convs(m, names, (Hand("", "forward", residual_block, (limits,)),), norms)
 
 
 def _mid(m: Any) -> Block:
@@ -81,15 +81,7 @@ def _upsample(m: Any) -> Block | str | None:
 
 
 def _ends(m: Any) -> Block | str:
-    return _with_convs(m, ["conv_in", "conv_out"])
-
-
-def _with_convs(
-    m: nn.Module, names: list[str], hands: tuple[Hand, ...] = (), norms: tuple[str, ...] = ()
-) -> Block | str:
-    return clip_conv.unlike_all(m, names) or Block(
-        (*hands, *(hand for name in names for hand in clip_conv.hands(m, name, name in NORMED))), norms
-    )
+    return clip_conv.with_convs(m, ["conv_in", "conv_out"])
 
 
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {

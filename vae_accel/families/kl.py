@@ -45,8 +45,8 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
         return below(*args, **kwargs)
     x: Tensor = args[0]
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    y = block.conv1(block.nonlinearity(_norm(block.norm1, reach[0], x)))
-    return block.conv2(block.nonlinearity(_norm(block.norm2, reach[1], y)), residual=shortcut)
+    y = block.conv1(block.nonlinearity(normed(block.norm1, reach[0], x)))
+    return block.conv2(block.nonlinearity(normed(block.norm2, reach[1], y)), residual=shortcut)
 
 
 def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -96,7 +96,8 @@ def reach(norm: Any, conv: Any) -> float:
     return ((ROOM - found[1]) / found[0]) ** 2 if found[0] else math.inf
 
 
-def _norm(norm: Any, reach: float, x: Tensor) -> Tensor:
+def normed(norm: Any, reach: float, x: Tensor) -> Tensor:
+    """The norm of `x`, in fp16 where ours reads it and nothing can overflow it."""
     if wants_fp16(x) and x[0].numel() // norm.num_groups < reach:
         return norm(x, dtype=torch.float16)
     return norm(x)

@@ -97,11 +97,9 @@ def _norm(norm: Any, limit: float, x: Tensor) -> Tensor:
 
 
 def _residual(m: Any) -> Block | str:
-    names = ["conv1", "conv2"]
     limits = reach(m.norm1.norm_layer, m.conv1.conv), reach(m.norm2.norm_layer, m.conv2.conv)
-    hands = (hand for name in names for hand in clip_conv.hands(m, name, normed=True))
     norms = ("norm1", "norm2") if any(limits) else ()
-    return clip_conv.unlike_all(m, names) or Block((Hand("", "forward", residual_block, (limits,)), *hands), norms)
+    return clip_conv.with_convs(m, ["conv1", "conv2"], (Hand("", "forward", residual_block, (limits,)),), norms)
 
 
 def _up(m: Any) -> Block | str:

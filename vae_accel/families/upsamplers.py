@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vae_accel.families.match import by_row, known_as
 from vae_accel.families.row import Hand
+from vae_accel.kernels._dispatch import empty_in_layout_of
 from vae_accel.rewrite import runs_stock
 
 
@@ -122,10 +123,25 @@ def cogvideox_forward(block: Any, below: Callable[..., Tensor], x: Tensor) -> Te
     if not foldable(frames, block.conv):
         return below(x)
     n, t = x.shape[0], x.shape[2]
-    y = block.conv(mark(frames)).unflatten(0, (n, t))
-    if block.compress_time and t > 1:
-        y = y.repeat_interleave(2, dim=1)[:, t % 2 :]
-    return y.transpose(1, 2)
+    y = block.conv(mark(frames)).unflatten(0, (n, t)).transpose(1, 2)
+    return twice(y, t % 2) if block.compress_time and t > 1 else y
+
+
+def twice(x: Tensor, alone: int) -> Tensor:
+    """Every frame of `[N, C, T, H, W]` twice, but for so many first ones, in x's layout: `[N, C, 2 T - alone, H, W]`.
+
+    `repeat_interleave` answers in NCHW whatever it is given.
+    """
+    n, c, t, h, w = x.shape
+    return doubled(x, empty_in_layout_of(x, (n, c, 2 * t - alone, h, w)), 2, alone)
+
+
+def doubled(x: Tensor, out: Tensor, dim: int, alone: int) -> Tensor:
+    """Into `out` what lies along `dim` of `x`, each twice but for so many first ones."""
+    out.narrow(dim, 0, alone).copy_(x.narrow(dim, 0, alone))
+    rest, pairs = (y.narrow(dim, alone, y.shape[dim] - alone) for y in (x, out))
+    pairs.unflatten(dim, (-1, 2)).copy_(rest.unsqueeze(dim + 1))
+    return out
 
 
 def hunyuan_forward(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:

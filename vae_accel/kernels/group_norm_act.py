@@ -25,7 +25,7 @@ from ._dispatch import (
     triton_available,
 )
 from .bordered import is_picture, repeated
-from .group_statistics import TILE, WARPS, combined, group_statistics, layout, noted, of_samples, walk
+from .group_statistics import TILE, WARPS, bordered_statistics, group_statistics, layout, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -153,11 +153,7 @@ def _launch_bordered(
     whole = (samples, C, step + shared), (step * C, 1, C)
     source, target = (bordered.pixels_of(t).as_strided(*whole) for t in (x, out))
     with torch.cuda.device_of(x):
-        partials = noted(x, num_groups)
-        if partials is None:
-            statistics = group_statistics(source, num_groups, eps, border=place)
-        else:
-            statistics = combined(partials if each_frame else of_samples(partials, samples), num_groups, eps)
+        statistics = bordered_statistics(x, num_groups, eps, samples=samples)
         batches, frames, C, S, strides, ROWS, COLS, columns = walk(source, False)
         rows = ROWS * NORMALIZE_STEPS
         if _dispatch.tally is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import group_norm_act
+from . import _dispatch, bordered, group_norm_act
 from ._dispatch import (
     LazyKernel,
     Signature,
@@ -25,7 +25,8 @@ from ._dispatch import (
     signature,
     triton_available,
 )
-from .group_statistics import WARPS, group_statistics, walk
+from .bordered import is_picture
+from .group_statistics import WARPS, bordered_statistics, group_statistics, layout, walk
 
 tl: Any = None  # triton.language, bound at the first launch
 
@@ -58,12 +59,15 @@ def reference(
 
 @LazyKernel
 def _normalize_modulate(
-    x, out, statistics, weight, bias, scale, shift, index, frames, groups, C, S, H, W, rows,
+    x, out, statistics, weight, bias, scale, shift, index, frames, groups, C, S, ROW, FRAME, H, W, rows,
     stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s,
     scale_n, scale_c, scale_t, scale_h, scale_w,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BORDER: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """`rows` positions of one frame by `COLS` channels. `index` int32: the latent's frame, row and column for each."""
+    """`rows` positions of one frame by `COLS` channels. `index` int32: the latent's frame, row and column for each.
+
+    With a `BORDER` of zeros its pixels are positions too; else ROW is W, and FRAME unread.
+    """
     batch, frame = tl.program_id(2) // frames, tl.program_id(2) % frames
     start = tl.program_id(0) * rows
     limit = tl.minimum(rows, S - start)
@@ -85,14 +89,21 @@ def _normalize_modulate(
     for first in range(0, limit, ROWS):
         position = start + first + row
         inside = (first + row < limit) & (col < C)
-        h = tl.load(index + frames + position // W, mask=position < S, other=0)
-        w = tl.load(index + frames + H + position % W, mask=position < S, other=0)
+        h = position // ROW - BORDER
+        w = position % ROW - BORDER
+        picture = position < S
+        if BORDER:
+            picture = is_picture(position, ROW, FRAME, H, W)
+        h = tl.load(index + frames + h, mask=picture, other=0)
+        w = tl.load(index + frames + H + w, mask=picture, other=0)
         place = latent + (h * scale_h + w * scale_w)
         value = (tl.load(source, mask=inside, other=0).to(tl.float32) - mean) * gain + offset
         value = value * tl.load(scale + place, mask=inside, other=0).to(tl.float32)
         value += tl.load(shift + place, mask=inside, other=0).to(tl.float32)
         if ACT:
             value = value / (1 + tl.exp(-value))
+        if BORDER:
+            value = tl.where(picture, value, 0.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
         source += ROWS * stride_s
         target += ROWS * out_s
@@ -115,21 +126,32 @@ def _launch(
     frames: tuple[int, ...],
     act: bool,
 ) -> Tensor:
-    out = empty_in_layout_of(x)
     if x.numel() == 0:
-        return out
-    x = flattenable(x)
+        return empty_in_layout_of(x)
     scale, shift = in_layout_of(x, scale), in_layout_of(x, shift)
     height, width = x.shape[3:]
     index = _index(frames, height, scale.shape[3], width, scale.shape[4], x.device)
+    place = bordered.geometry(x) if bordered.is_bordered(x) else None
     with torch.cuda.device_of(x):
-        statistics = group_statistics(x, num_groups, eps)
-        batches, T, C, S, strides, ROWS, COLS, columns = walk(x, per_frame=True)
+        if place is None or place.border != "zeros":
+            place, x = None, flattenable(x)
+            statistics, out = group_statistics(x, num_groups, eps), empty_in_layout_of(x)
+            source, target, around = x, out, (width, 1, height, width)
+        else:
+            statistics = bordered_statistics(x, num_groups, eps, samples=x.shape[0])
+            out = bordered.empty(x.shape, x.dtype, x.device)
+            # Behind each frame the zeros that are the next one's too: both write them.
+            whole = (*x.shape[:3], place.frame + place.first), (*x.stride()[:3], x.shape[1])
+            source, target = (bordered.pixels_of(t).as_strided(*whole) for t in (x, out))
+            around = layout(place)
+        batches, T, C, S, strides, ROWS, COLS, columns = walk(source, per_frame=True)
         rows = ROWS * group_norm_act.NORMALIZE_STEPS
+        if _dispatch.tally is not None:
+            _dispatch.tally("_normalize_modulate", 0, 2 * out.numel() * out.element_size())
         _normalize_modulate[-(-S // rows), columns, batches](
-            x, out, statistics, weight, bias, scale, shift, index, T, num_groups, C, S, height, width, rows,
-            *strides, *walk(out, per_frame=True).strides, *scale.stride(),
-            ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+            source, target, statistics, weight, bias, scale, shift, index, T, num_groups, C, S, *around, rows,
+            *strides, *walk(target, per_frame=True).strides, *scale.stride(),
+            BORDER=0 if place is None else 1, ACT=act, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -170,8 +192,8 @@ def group_norm_modulate_act(
 
     `scale` and `shift` are `[N, C, t, h, w]` at the latent's size. Frame `i` of `x` takes their frame `frames[i]`
     (`frames` has T entries below t: how a family enlarges time is its own), rows and columns follow
-    `F.interpolate(mode="nearest")`. Arithmetic is fp32 with one rounding to x's dtype; the result has x's layout.
-    Where autograd records, the reference runs.
+    `F.interpolate(mode="nearest")`. Arithmetic is fp32 with one rounding to x's dtype; the result has x's layout, with
+    a border of zeros where x has one. Where autograd records, the reference runs.
 
     Raises:
         ValueError: shapes that do not fit, or a frame outside the latent.
@@ -193,4 +215,5 @@ def signatures() -> list[Signature]:
     """The kernel as it is compiled ahead of time in the tests."""
     pointers = dict.fromkeys(("x", "out", "weight", "bias", "scale", "shift"), "bf16")
     pointers |= {"statistics": "fp32", "index": "i32"}
-    return [signature(_normalize_modulate, pointers, {"ACT": True, "ROWS": 16, "COLS": 128})]
+    constants = {"ACT": True, "ROWS": 16, "COLS": 128}
+    return [signature(_normalize_modulate, pointers, {"BORDER": border, **constants}) for border in (0, 1)]

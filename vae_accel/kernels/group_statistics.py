@@ -172,6 +172,16 @@ def group_statistics(
     return combined(partials, num_groups, eps)
 
 
+def bordered_statistics(x: Tensor, num_groups: int, eps: float, *, samples: int) -> Tensor:
+    """The same of a bordered clip, of each of so many `samples`: from what is noted beside it, else from its pixels."""
+    partials, place = noted(x, num_groups), bordered.geometry(x)
+    if partials is not None:
+        return combined(partials if samples == place.frames else of_samples(partials, samples), num_groups, eps)
+    step, channels = place.frames // samples * place.frame, x.shape[1]
+    pixels = bordered.pixels_of(x).as_strided((samples, channels, step), (step * channels, 1, channels))
+    return group_statistics(pixels, num_groups, eps, border=place)
+
+
 def combined(partials: Tensor, num_groups: int, eps: float) -> Tensor:
     """fp32 `[2, N, num_groups]`, the mean and 1/std of each group, from parts `[3, N, C / neighbours, chunks]`."""
     _, batches, units, chunks = partials.shape
