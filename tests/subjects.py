@@ -18,7 +18,7 @@ from tests.recorder import Recorder
 from tests.tiny import Tiny, image
 from tests.towers import Tower
 from tests.vaes import KL, TABLE
-from vae_accel import rewrites
+from vae_accel import rewrites, settings
 from vae_accel.edits import Ledger
 from vae_accel.platforms import ALL, Platform, Step, base
 from vae_accel.rewrite import Rewrite, Site
@@ -114,9 +114,16 @@ def plan(vae: tuple[Step, ...], encoder: tuple[Step, ...] = (), platform: str = 
 
 
 def everything(platform: type[Platform]) -> Platform:
-    """The plan of a platform with every one of its steps on."""
-    on = [tuple(replace(step, default="on") for step in steps) for steps in (platform.vae, platform.encoder)]
+    """The plan of a platform with every one of its steps on, as if each was asked for by name."""
+    on = [
+        tuple(replace(step, default="on", rewrite=by_name(step.rewrite)) for step in steps)
+        for steps in (platform.vae, platform.encoder)
+    ]
     return plan(*on, platform=platform.name)
+
+
+def by_name(rewrite: Rewrite) -> Rewrite:
+    return rewrite.asked(settings.read(rewrites.NAMES), True)
 
 
 @cache
@@ -126,7 +133,7 @@ def all_rewrites() -> dict[str, Rewrite]:
         importlib.import_module(f"{rewrites.__name__}.{module.name}")
     classes = [c for c in Rewrite.__subclasses__() if c.__module__.startswith(f"{rewrites.__name__}.")]
     found = [cls() for cls in classes]
-    found += [step.rewrite for platform in ALL.values() for step in (*platform.vae, *platform.encoder)]
+    found += [by_name(step.rewrite) for platform in ALL.values() for step in (*platform.vae, *platform.encoder)]
     return {label(rewrite): anywhere(rewrite) for rewrite in map(in_any_precision, found)}
 
 

@@ -62,8 +62,9 @@ class Rewrite(ABC):
     lowers: ClassVar[bool] = False  # takes compute_dtype
     repairs: ClassVar[bool] = False
 
-    def asked(self, settings: Settings) -> Rewrite:
-        """This rewrite as the user's settings want it; of most there is nothing to set but the switch."""
+    def asked(self, settings: Settings, by_name: bool) -> Rewrite:
+        """This rewrite as the user's settings want it; of most there is nothing to set but the switch. `by_name`: the
+        user names it, where else the plan does."""
         return self
 
     @abstractmethod

@@ -16,7 +16,7 @@ from tests.snapshots import assert_identical, snapshot
 from tests.tiny import Tiny
 from vae_accel import api
 from vae_accel.metrics import rms_error
-from vae_accel.platforms import base
+from vae_accel.platforms import Cuda, base
 
 NAMES = ("hunyuan-video", "hunyuan-video-1.5", "hunyuan-image-refiner", "mochi", "cogvideox")
 CASES = [WIDE, *(TINY[name] for name in NAMES)]
@@ -133,3 +133,18 @@ def test_copied_offloaded_and_taken_back(case: Tiny) -> None:
     api.restore(vae)
     assert_identical(vae, before)
     assert torch.equal(case.decode(vae, latent), stock)
+
+
+def test_the_plan_takes_no_family_that_no_card_has_proved() -> None:
+    """Unless it is asked for by name. HunyuanVideo's attention is AutoencoderKL's."""
+    for name in NAMES:
+        vae = TINY[name].build(dtype=torch.bfloat16)
+        Cuda().optimize_vae(vae)
+        assert all("attentions" in path for path in outcome_of(vae).taken), name
+        assert any("on no card yet: fused_blocks=1 takes it" in reason for reason in outcome_of(vae).refused.values())
+        few = len(outcome_of(vae).taken)
+        Cuda().optimize_vae(vae, fused_blocks="1")
+        assert len(outcome_of(vae).taken) > few + 3, name
+    vae = TINY["wan2.1"].build(dtype=torch.bfloat16)
+    Cuda().optimize_vae(vae)
+    assert outcome_of(vae).taken and not outcome_of(vae).refused

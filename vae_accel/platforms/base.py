@@ -133,13 +133,13 @@ def check(root: nn.Module) -> None:
 
 
 def _step(root: nn.Module, ledger: Ledger, step: Step, settings: env.Settings, only: Sequence[str] | None) -> Outcome:
-    rewrite = step.rewrite.asked(settings)
+    switch = settings.switches[step.rewrite.name]
+    asked = switch == "1" or (only is not None and step.rewrite.name in only)
+    rewrite = step.rewrite.asked(settings, asked)
     tier = rewrite.tier
     if settings.bf16 and rewrite.lowers:
         lowered: Any = {"compute_dtype": torch.bfloat16}
         rewrite, tier = dataclasses.replace(rewrite, **lowered), Tier.LOWERED
-    switch = settings.switches[rewrite.name]
-    asked = switch == "1" or (only is not None and rewrite.name in only)
     off = None
     if switch == "0":
         off = f"{env.PREFIX}{rewrite.name.upper()}=0"

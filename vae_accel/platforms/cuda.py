@@ -34,7 +34,7 @@ class Cuda(Platform):
         Step(ChannelsLast(), "on", "results"),
         Step(LatentChunks(), "on", "results"),
         Step(HalfDecode(), "off", OPT_IN),
-        Step(FusedBlocks(), "on", "results"),
+        Step(FusedBlocks(proved=True), "on", "results"),
         Step(CudaGraph(names=HALVES), "on", "results"),
     )
     encoder = (

@@ -63,7 +63,7 @@ class CudaGraph(Rewrite):
     limits: Limits = field(default_factory=Limits)
     capture: Capture = field(default_factory=Cuda)
 
-    def asked(self, settings: Settings) -> CudaGraph:
+    def asked(self, settings: Settings, by_name: bool) -> CudaGraph:
         budgets = settings.graph_budgets if settings.tier != Tier.EXACT.value else ()
         limits = Limits(settings.graph_keep, settings.graph_pool_mib << 20, budgets)
         return replace(self, limits=limits)

@@ -7,15 +7,16 @@ gradient, autocast, training) goes to the forward that was there before, with th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
-from vae_accel.families.blocks import block_of
+from vae_accel.families.blocks import block_of, unproved
 from vae_accel.families.row import Block
 from vae_accel.rewrite import Rewrite, Site, Tier
+from vae_accel.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FusedBlocks(Rewrite):
     """Sites are blocks; `facts`: the family's row.
 
     Blocks wider than `compute_dtype` are left to the rewrites that lower their convolutions: ours multiply what they
-    are given.
+    are given. `proved`: families that were proved on a card alone, unless the rewrite is asked for by name.
     """
 
     name = "fused_blocks"
@@ -39,6 +40,10 @@ class FusedBlocks(Rewrite):
     lowers = True
 
     compute_dtype: torch.dtype | None = None
+    proved: bool = False
+
+    def asked(self, settings: Settings, by_name: bool) -> FusedBlocks:
+        return replace(self, proved=self.proved and not by_name)
 
     def sites(self, root: nn.Module, ledger: Ledger) -> Iterator[Site]:
         for path, module in root.named_modules():
@@ -46,7 +51,8 @@ class FusedBlocks(Rewrite):
             if isinstance(block, str):
                 yield Site(path, block)
             elif block is not None:
-                refused = _wider(module, self.compute_dtype) or _refusal(root, ledger, path, block)
+                refused = unproved(module) if self.proved else None
+                refused = refused or _wider(module, self.compute_dtype) or _refusal(root, ledger, path, block)
                 yield Site(path, refused, {"block": block})
 
     def apply(self, root: nn.Module, site: Site, pen: Pen) -> None:
