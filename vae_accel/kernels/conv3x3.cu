@@ -101,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
   const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0), warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
   for (int i = threadIdx.x; i < s.O; i += blockDim.x)
     asm volatile("st.shared.b16 [%0], %1;" :: "r"(biases + 2 * i), "h"(bias ? bias[i] : (u16)0) : "memory");
-  const int border = s.first * s.O / 8;  // before the first picture
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < border; i += gridDim.x * blockDim.x) pixels[i] = {0, 0, 0, 0};
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.first * s.O / 8; i += gridDim.x * blockDim.x)
+    pixels[i] = {0, 0, 0, 0};  // before the first picture
   if (threadIdx.x == 0) {
     for (int i = 0; i < NA; i++) { init(fullA + 8 * i, 1); init(emptyA + 8 * i, 4 * CONSUMERS); }
     for (int i = 0; i < NB; i++) { init(fullB + 8 * i, 1); init(emptyB + 8 * i, 4 * CONSUMERS); }
@@ -351,9 +351,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
             u32 w0, w1, w2, w3;
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
               : "r"(stage + piece / 4 * 4096 + line * 64 + ((piece % 4 ^ (line >> 1 & 3)) << 4)) : "memory");
-            const long long line_to = place.frame * (2 * s.H + 1) + 2 * y + place.phase + 1;
-            const long long to = (line_to * wide + 2 * v + m / SUM + 1) * s.O + place.n0 + h * CHUNK;
-            if (y + place.phase <= s.H && v <= s.W) pixels[to / 8 + piece] = {w0, w1, w2, w3};
+            const int above = place.frame * (2 * s.H + 1) + 2 * y + place.phase + 1;
+            const long long pixel = (long long)above * wide + 2 * v + m / SUM + 1;
+            if (y + place.phase <= s.H && v <= s.W)
+              pixels[(pixel * s.O + place.n0 + h * CHUNK) / 8 + piece] = {w0, w1, w2, w3};
           }
 #else
           seen_by_copies();
