@@ -133,7 +133,7 @@ def test_bf16_where_the_bound_does_not_hold() -> None:
             seen.append(dtype)
 
     for elements in (int(reach), int(reach) + 2):
-        kl._norm(Norm(), reach, torch.empty(1, 2, elements, dtype=torch.bfloat16, device="meta"))
+        kl.normed(Norm(), reach, torch.empty(1, 2, elements, dtype=torch.bfloat16, device="meta"))
     assert seen == [torch.float16, None]
     norm.bias.fill_(FP16_MAX / 4)
     assert kl.reach(norm, conv) == 0
