@@ -61,9 +61,11 @@ class Card:
         bias = torch.zeros(s.O) if bias.value is None else memory(bias, s.O, dtype)
         memory(head, s.first * s.O, dtype).zero_()
         kind, n = conv3x3.KINDS[macro["KIND"]], macro["N"]
-        sums, at_once, phases = 1 + (kind != "direct"), 1 + (kind == "pairs"), 1 + (kind == "upsample")
+        sums, at_once, phases = 1 + (kind != "direct"), 1 + (kind in ("pairs", "lines")), 1 + (kind == "upsample")
         rows = 64 * macro["BLOCKS"] // sums
         parts = None if partials.value is None else memory(partials, 3 * s.frames * s.units * s.chunks, torch.float32)
+        if kind == "lines":
+            clear_behind(memory(head, bordered.Geometry(s.frames, 2 * s.H, s.W).pixels * s.O, dtype).view(-1, s.O), s)
         for tile in range(s.tiles_m * s.tiles_n * s.frames * phases):
             n0, phase, m = tile % s.tiles_n * n, tile // s.tiles_n % phases, tile // (s.tiles_n * phases)
             frame = m // s.tiles_m
@@ -71,17 +73,28 @@ class Card:
                 o0 = (m % s.tiles_m * macro["CONSUMERS"] + warpgroup) * rows
                 row = o0 + torch.arange(rows)
                 inside = (row < s.H * s.ROW) & (row % s.ROW < s.W)
+                line, column = o0 // rows // s.across, o0 // rows % s.across * rows
+                if kind == "lines":
+                    inside = (line < s.H) & (column + torch.arange(rows) < s.W)
 
                 def product(pixels, at, kh, kw, n0, tap, o0=o0):
                     a = pixels.read(at + o0 + kh * s.ROW + kw, rows, 0, s.I)
                     return a @ w.read(n0, n, tap * s.I, s.I).T
 
+                def line_taps(j, index, n0=n0, frame=frame, line=line, column=column):
+                    """The three taps of a line of transformed picture `j`, by the weights of tap `3 index` on."""
+                    at = (4 * frame + j) * s.FRAME + line * s.ROW + column
+                    return sum(product(x, at, 1, kw, n0, 3 * index + kw, 0) for kw in range(3))
+
                 def taps(pixels, at, index, n0=n0):
                     """All 3x3 taps of the picture at `at` pixels, by the weights of tap `9 index` on."""
                     return sum(product(pixels, at, tap // 3, tap % 3, n0, 9 * index + tap) for tap in range(9))
 
-                if kind == "pairs":
-                    m0, m1, m2, m3 = (taps(x, (4 * frame + j) * s.FRAME, i) for j, i in enumerate((2, 0, 1, 3)))
+                if at_once == 2:
+                    m0, m1, m2, m3 = (
+                        line_taps(j, i) if kind == "lines" else taps(x, (4 * frame + j) * s.FRAME, i)
+                        for j, i in enumerate((2, 0, 1, 3))
+                    )
                     found = [m0 + m1 + m2, m1 - m2 + m3]
                 elif kind == "upsample":
                     found = [
@@ -101,17 +114,28 @@ class Card:
                         else:
                             found[0] += taps(x, (sample * s.S + min(max(t + j, 0), s.S - 1)) * s.FRAME, j)
                 for i, value in enumerate(found):
+                    lower = frame * (2 * s.H + 1) + 2 * line + i
                     if s.residual:
-                        at = (at_once * frame + i) * s.FRAME + s.first + o0
+                        at = (at_once * frame + i) * s.FRAME + o0 if kind != "lines" else lower * s.ROW + column
+                        at += s.first
                         value = value + residual.read(at, rows, n0, n) @ one.read(0, n, 0, n).T
                     value = found[i] = torch.where(inside[:, None], value + bias[n0 : n0 + n].double(), 0).to(dtype)
                     if kind == "upsample":
                         spread(memory(head, place_of(s) * s.O, dtype).view(-1, s.O), value, row, s, frame, phase, i, n0)
-                    else:
+                    elif kind != "lines":
                         out.write(at_once * frame + i, o0, n0, value)
+                    elif line < s.H:
+                        out.write(lower, column, n0, value)
                 if parts is not None:
                     chunk = o0 // rows * phases + phase
                     gather(parts, torch.cat(found), inside.repeat(sums), s, macro["NEIGHBOURS"], frame, n0, chunk)
+
+
+def clear_behind(pixels, s):
+    """Zeros behind each line and below each picture."""
+    lines = pixels[s.first :].view(s.frames, 2 * s.H + 1, s.ROW, s.O)
+    lines[:, :, s.W :] = 0
+    lines[:, -1] = 0
 
 
 def place_of(s):

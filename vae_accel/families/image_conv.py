@@ -18,18 +18,27 @@ from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
 from vae_accel.kernels.eligible import runs, unsupported
 from vae_accel.kernels.half_operands import HALVED
+from vae_accel.kernels.line_pairs import conv_lines, suits
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.upsample_conv import upsample_conv
 from vae_accel.rewrite import runs_stock
 
 
 def image_conv(
-    conv: Any, below: Callable[..., Tensor], normed: bool, input: Tensor, residual: Tensor | None = None
+    conv: Any,
+    below: Callable[..., Tensor],
+    normed: bool,
+    input: Tensor,
+    residual: Tensor | None = None,
+    lines: bool = False,
 ) -> Tensor:
     """[N, C, H, W], in fp16 beside a bf16 or fp32 weight if the caller likes, plus `residual` [N, C', H', W'].
 
-    `normed`: a GroupNorm reads the result, and its statistics are gathered on the way.
+    `normed`: a GroupNorm reads the result, and its statistics are gathered on the way. With `lines`, of pictures that
+    `norm_lines` transformed.
     """
+    if lines:
+        return conv_lines(input, conv.weight, conv.bias, residual=residual, statistics=normed)
     if _ours(conv, input, residual):
         if residual is None and conv.out_channels <= MOST and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
             return thin_conv(input, conv.weight, conv.bias)
@@ -55,6 +64,21 @@ def upsampled_conv(
         return below(mark(input, single))
     wide = F.interpolate(input.float() if single else input, scale_factor=2.0)
     return below(wide.to(input.dtype))
+
+
+def in_lines(norm: nn.Module, conv: Any, x: Tensor) -> bool:
+    """Whether norm and convolution may take [N, C, H, W] by pairs of lines, and it is worth it.
+
+    What goes between them is no picture: nobody else may see it (a hook, an adapter around the convolution), and it has
+    no gradient.
+    """
+    if not isinstance(conv, nn.Conv2d | nn.Conv3d) or conv.in_channels != x.shape[1]:
+        return False
+    if conv.kernel_size[-2:] != (3, 3) or "_conv_forward" in vars(conv) or not suits(x, conv.out_channels):
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (norm, conv)):
+        return False
+    return not runs_stock(x, *norm.parameters(recurse=False), conv.weight, conv.bias)
 
 
 def unlike(conv: nn.Module) -> str | None:

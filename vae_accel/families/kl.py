@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_accel.families.half import ROOM, peaks
-from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
+from vae_accel.families.image_conv import image_conv, in_lines, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.kernels._dispatch import is_channels_last
@@ -45,8 +45,18 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
         return below(*args, **kwargs)
     x: Tensor = args[0]
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    y = block.conv1(block.nonlinearity(normed(block.norm1, reach[0], x)))
-    return block.conv2(block.nonlinearity(normed(block.norm2, reach[1], y)), residual=shortcut)
+    y = _normed_conv(block, 1, reach[0], x)
+    return _normed_conv(block, 2, reach[1], y, residual=shortcut)
+
+
+def _normed_conv(block: Any, which: int, reach: float, x: Tensor, **more: Any) -> Tensor:
+    """A convolution behind its norm and SiLU, by pairs of lines where that is worth it."""
+    norm, conv = getattr(block, f"norm{which}"), getattr(block, f"conv{which}")
+    whole = conv.padding_mode == "zeros" and conv.padding == (1, 1) if isinstance(conv, nn.Conv2d) else False
+    made = norm(x, lines=True) if whole and _halves(norm, reach, x) and in_lines(norm, conv, x) else None
+    if made is not None:
+        return conv(made, lines=True, **more)
+    return conv(block.nonlinearity(normed(norm, reach, x)), **more)
 
 
 def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -98,9 +108,11 @@ def reach(norm: Any, conv: Any) -> float:
 
 def normed(norm: Any, reach: float, x: Tensor) -> Tensor:
     """The norm of `x`, in fp16 where ours reads it and nothing can overflow it."""
-    if wants_fp16(x) and x[0].numel() // norm.num_groups < reach:
-        return norm(x, dtype=torch.float16)
-    return norm(x)
+    return norm(x, dtype=torch.float16) if _halves(norm, reach, x) else norm(x)
+
+
+def _halves(norm: Any, reach: float, x: Tensor) -> bool:
+    return wants_fp16(x) and x[0].numel() // norm.num_groups < reach
 
 
 def _alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

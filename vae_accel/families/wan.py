@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vae_accel.families.frames_attend import attend
 from vae_accel.families.half import ROOM, peaks
-from vae_accel.families.image_conv import image_conv, unlike, upsampled_conv
+from vae_accel.families.image_conv import image_conv, in_lines, unlike, upsampled_conv
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan_conv import causal_conv, doubling_conv, unlike_causal
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
@@ -137,8 +137,12 @@ def down_block(
 def _normed_conv(
     block: Any, which: int, half: bool, x: Tensor, feat_cache: Cache, feat_idx: list[int], **more: Any
 ) -> Tensor:
-    """A convolution behind its norm and SiLU, by pairs of frames where that is worth it."""
+    """A convolution behind its norm and SiLU, by pairs of frames, or of lines of one, where that is worth it."""
     norm, conv = getattr(block, f"norm{which}"), getattr(block, f"conv{which}")
+    if half and feat_cache is None and x.shape[2] == 1 and in_lines(norm, conv, picture := pictures(x)):
+        lines = norm(picture, lines=True)
+        if lines is not None:
+            return conv(lines, lines=True, **more)
     previous = None if feat_cache is None else feat_cache[feat_idx[0]]
     made = norm(x, pairs=True, history=previous) if half and _pairs(norm, conv, x, previous) else None
     if made is None:

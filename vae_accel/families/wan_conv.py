@@ -19,6 +19,7 @@ from vae_accel.kernels.conv import conv as fused
 from vae_accel.kernels.conv_law import interleaved
 from vae_accel.kernels.eligible import runs
 from vae_accel.kernels.half_operands import HALVED
+from vae_accel.kernels.line_pairs import conv_lines
 from vae_accel.kernels.thin_conv import MOST, thin_conv
 from vae_accel.kernels.winograd import conv_pairs
 from vae_accel.rewrite import runs_stock
@@ -33,11 +34,17 @@ def causal_conv(
     cache_x: Tensor | None = None,
     residual: Tensor | None = None,
     pairs: bool = False,
+    lines: bool = False,
 ) -> Tensor:
     """[N, C, T, H, W] behind the frames `cache_x` [N, C, 1 or 2, H, W], or zeros, plus `residual` [N, C', T, H, W].
 
-    With `pairs`, of a clip that `rms_norm_pairs` transformed, its history with it.
+    With `pairs`, of a clip that `rms_norm_pairs` transformed, its history with it; with `lines`, of single frames that
+    `norm_lines` did, with nothing in front of them.
     """
+    if lines:
+        weight = conv.weight if conv.weight.dim() == 4 else conv.weight[:, :, -1]
+        frames = None if residual is None else pictures(residual)
+        return clip(conv_lines(x, weight, conv.bias, residual=frames), 1)
     if pairs:
         return conv_pairs(x, conv.weight, conv.bias, residual=residual)
     history = _history(conv, cache_x)

@@ -6,8 +6,9 @@
 // what a tile a tap would draw from the L2, which bounds Triton's form (platforms/cuda/README.md).
 //
 // N          columns of a tile
-// KIND       DIRECT; PAIRS: F(2, 3) along time (winograd.py), two sums for two frames; UPSAMPLE: behind a nearest 2x
-//            (upsample_conv.py), two sums for the left and the right of large pixels, tiles for upper and lower ones
+// KIND       DIRECT; PAIRS: F(2, 3) along time (winograd.py), two sums for two frames; LINES: along height
+//            (line_pairs.py), two sums for two lines of a picture; UPSAMPLE: behind a nearest 2x (upsample_conv.py),
+//            two sums for the left and the right of large pixels, tiles for upper and lower ones
 // CONSUMERS  warpgroups that multiply
 // BLOCKS     their accumulators, in blocks of 64 rows; of two sums half of them for either
 // NA, NB     stages of pixels and of weights
@@ -16,12 +17,15 @@
 #define DIRECT 0
 #define PAIRS 1
 #define UPSAMPLE 2
+#define LINES 3
+#define WINOGRAD (KIND == PAIRS || KIND == LINES)
 
 constexpr int TAIL = N == 96;                   // steps of K are 64 + 32 channels, else 64
 constexpr int STEP = TAIL ? 96 : 64;
 constexpr int SUMS = KIND == DIRECT ? 1 : 2, SUM = BLOCKS / SUMS;  // blocks of one sum
 constexpr int PHASES = KIND == UPSAMPLE ? 2 : 1;  // tiles over the same pixels
-constexpr int AT_ONCE = KIND == PAIRS ? 2 : 1;  // frames of the result
+constexpr int AT_ONCE = WINOGRAD ? 2 : 1;       // frames of the result, or lines
+constexpr int KH = KIND == LINES ? 1 : 3;       // taps in height, those that are not transformed
 constexpr int ROWS = 64 * SUM;                  // pixels of a warpgroup
 constexpr int BOX = ROWS + 2;                   // and the two that the other taps of a row reach
 constexpr int TILE = CONSUMERS * ROWS;          // pixels of a program
@@ -63,6 +67,8 @@ __device__ __forceinline__ void pin(float (&d)[BLOCKS][N / 2]) {
 }
 
 struct Place { int n0, o0, frame, phase; };  // first column, first pixel in its frame, frame (or pair of frames)
+struct Begin { int x, y, line, column; };    // of a warpgroup's pixels: in a frame of x, in one of the result
+
 
 struct Sizes {
   int frames;     // of the result, or pairs of them
@@ -75,11 +81,19 @@ struct Sizes {
   int first;      // of the result
   int I, O, residual;
   int units, chunks;  // of the statistics
+  int across;     // tiles of ROWS pixels in a line, of LINES
 };
 
 __device__ __forceinline__ Place place_of(int tile, const Sizes& s) {  // neighbours share pixels
   const int m = tile / (s.tiles_n * PHASES);
   return {tile % s.tiles_n * N, m % s.tiles_m * TILE, m / s.tiles_m, tile / s.tiles_n % PHASES};
+}
+
+// Pixels are counted through a frame, but a pair of lines is tile by tile: it has its lines one behind the other.
+__device__ __forceinline__ Begin begin_of(int pixel, const Sizes& s) {
+  if (KIND != LINES) return {pixel, pixel, 0, 0};
+  const int tile = pixel / ROWS, line = tile / s.across, column = tile % s.across * ROWS;
+  return {(line + 1) * s.ROW + column, 2 * line * s.ROW + column, line, column};
 }
 
 // Taps in time over frames of zeros.
@@ -103,6 +117,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     asm volatile("st.shared.b16 [%0], %1;" :: "r"(biases + 2 * i), "h"(bias ? bias[i] : (u16)0) : "memory");
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.first * s.O / 8; i += gridDim.x * blockDim.x)
     pixels[i] = {0, 0, 0, 0};  // before the first picture
+#if KIND == LINES  // and what no tile covers: the border behind lines and pictures
+  const int behind = s.ROW - s.W, lines = 2 * s.H, each = lines * behind + s.ROW;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.frames * each * s.O / 8; i += gridDim.x * blockDim.x) {
+    const int pixel = i / (s.O / 8), r = pixel % each, below = r - lines * behind;
+    const int line = pixel / each * (lines + 1) + (below < 0 ? r / behind : lines);
+    pixels[(s.first + line * s.ROW + (below < 0 ? s.W + r % behind : below)) * (s.O / 8) + i % (s.O / 8)] = {0, 0, 0, 0};
+  }
+#endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < NA; i++) { init(fullA + 8 * i, 1); init(emptyA + 8 * i, 4 * CONSUMERS); }
     for (int i = 0; i < NB; i++) { init(fullB + 8 * i, 1); init(emptyB + 8 * i, 4 * CONSUMERS); }
@@ -116,14 +138,16 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
   if (wg == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(CONSUMERS == 3 ? 32 : 40));
     if (warp == 0 && lane == 0) {
+      int at[CONSUMERS];  // pixels in their frame
       auto loadA = [&](const Map* m64, const Map* m32, int row, int c) {
         wait(emptyA + 8 * ra.slot, ra.phase ^ 1);
         const u32 bar = fullA + 8 * ra.slot;
         u32 to = as + ra.slot * ASTAGE;
         expect(bar, ABYTES);
-        for (int i = 0; i < CONSUMERS; i++, to += APART, row += ROWS) {
-          load(to, m64, bar, c, row);
-          if (TAIL) load(to + A64, m32, bar, c + 64, row);
+        #pragma unroll
+        for (int i = 0; i < CONSUMERS; i++, to += APART) {
+          load(to, m64, bar, c, row + at[i]);
+          if (TAIL) load(to + A64, m32, bar, c + 64, row + at[i]);
         }
         next<NA>(ra);
       };
@@ -137,20 +161,22 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       };
       for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Place p = place_of(tile, s);
-#if KIND == PAIRS
+        #pragma unroll
+        for (int i = 0; i < CONSUMERS; i++) at[i] = begin_of(p.o0 + i * ROWS, s).x;
+#if WINOGRAD
         for (int half = 0; half < 2; half++)
-          for (int kh = 0; kh < 3; kh++)
+          for (int kh = 0; kh < KH; kh++)
             for (int kb = 0; kb < KB; kb++)
               for (int i = 0; i < 2; i++) {
-                const int j = half ? 3 * i : 1 + i, tap = 3 * (2 * half + i);  // taps lie in the order of this walk
-                loadA(&x64, &x32, (4 * p.frame + j) * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
+                const int j = half ? 3 * i : 1 + i, tap = KH * (2 * half + i);  // taps lie in the order of this walk
+                loadA(&x64, &x32, (4 * p.frame + j) * s.FRAME + kh * s.ROW, kb * STEP);
                 for (int kw = 0; kw < 3; kw++)
                   loadB(&w64, &w32, p.n0, ((tap + kh) * 3 + kw) * s.I + kb * STEP);
               }
 #elif KIND == UPSAMPLE
         for (int u = 0; u < 2; u++)
           for (int kb = 0; kb < KB; kb++) {
-            loadA(&x64, &x32, p.frame * s.FRAME + p.o0 + (p.phase + u) * s.ROW, kb * STEP);
+            loadA(&x64, &x32, p.frame * s.FRAME + (p.phase + u) * s.ROW, kb * STEP);
             for (int b = 0; b < 2; b++)
               for (int v = 0; v < 2; v++)
                 loadB(&w64, &w32, (2 * p.phase + b) * s.O + p.n0, (2 * u + v) * s.I + kb * STEP);
@@ -162,17 +188,21 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           const int frame = past ? (n + 1) * s.kept + t + j : n * s.S + min(max(t + j, 0), s.S - 1);
           for (int kh = 0; kh < 3; kh++)
             for (int kb = 0; kb < KB; kb++) {
-              loadA(past ? &h64 : &x64, past ? &h32 : &x32, frame * s.FRAME + p.o0 + kh * s.ROW, kb * STEP);
+              loadA(past ? &h64 : &x64, past ? &h32 : &x32, frame * s.FRAME + kh * s.ROW, kb * STEP);
               for (int kw = 0; kw < 3; kw++) loadB(&w64, &w32, p.n0, (j * 9 + kh * 3 + kw) * s.I + kb * STEP);
             }
         }
 #endif
-        if (s.residual)
+        if (s.residual) {
+          #pragma unroll
+          for (int i = 0; i < CONSUMERS; i++) at[i] = begin_of(p.o0 + i * ROWS, s).y;
           for (int i = 0; i < AT_ONCE; i++)
             for (int kb = 0; kb < N / STEP; kb++) {
-              loadA(&r64, &r32, (AT_ONCE * p.frame + i) * s.FRAME + s.first + p.o0, p.n0 + kb * STEP);
+              const int row = KIND == LINES ? (p.frame * (2 * s.H + 1) + i) * s.ROW : (AT_ONCE * p.frame + i) * s.FRAME;
+              loadA(&r64, &r32, row + s.first, p.n0 + kb * STEP);
               loadB(&e64, &e32, 0, kb * STEP);
             }
+        }
       }
     }
   } else {
@@ -210,16 +240,17 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const Place place = place_of(tile, s);
       const int o0 = place.o0 + wg * ROWS;
+      const Begin begin = begin_of(o0, s);
       #pragma unroll
       for (int m = 0; m < BLOCKS; m++)
         #pragma unroll
         for (int i = 0; i < N / 2; i++) d[m][i] = 0.f;
       pin(d);
-#if KIND == PAIRS
+#if WINOGRAD
       #pragma unroll
       for (int half = 0; half < 2; half++) {
         #pragma unroll 1
-        for (int step = 0; step < 3 * KB; step++) { row_of_taps(P{}); row_of_taps(Q{}); }
+        for (int step = 0; step < KH * KB; step++) { row_of_taps(P{}); row_of_taps(Q{}); }
         if (half == 0) {
           drain();
           #pragma unroll
@@ -246,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       if (s.residual) {
         #pragma unroll 1
         for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, P{}, 0, true); }
-#if KIND == PAIRS
+#if WINOGRAD
         #pragma unroll 1
         for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, Q{}, 0, true); }
 #endif
@@ -255,8 +286,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       u32 pictures = 0;  // of this lane's two rows of a block, those that are no border, which is stored as zeros
       #pragma unroll
       for (int i = 0; i < 2 * SUM; i++) {
-        const int r = o0 + i / 2 * 64 + warp * 16 + (lane >> 2) + i % 2 * 8;
-        pictures |= u32(r < s.H * s.ROW && r % s.ROW < s.W) << i;
+        const int mine = i / 2 * 64 + warp * 16 + (lane >> 2) + i % 2 * 8, r = o0 + mine;
+        const bool picture = KIND == LINES ? begin.line < s.H && begin.column + mine < s.W
+                                           : r < s.H * s.ROW && r % s.ROW < s.W;
+        pictures |= u32(picture) << i;
       }
       auto inside = [&](int m, int i) { return 0u - (pictures >> (m % SUM * 2 + i) & 1); };
       #pragma unroll
@@ -361,9 +394,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           together(wg);
           if (threadIdx.x % 128 == 0) {
             #pragma unroll
-            for (int c = 0; c < CHUNK / 32; c++)
-              store(&out, stage + c * 4096, place.n0 + h * CHUNK + c * 32, o0 + m % SUM * 64,
-                    AT_ONCE * place.frame + m / SUM);
+            for (int c = 0; c < CHUNK / 32; c++) {
+              const int column = place.n0 + h * CHUNK + c * 32;
+              if (KIND != LINES)
+                store(&out, stage + c * 4096, column, o0 + m % SUM * 64, AT_ONCE * place.frame + m / SUM);
+              else if (begin.line < s.H)
+                store(&out, stage + c * 4096, column, begin.column + m % SUM * 64,
+                      place.frame * (2 * s.H + 1) + 2 * begin.line + m / SUM);
+            }
             commit();
           }
 #endif

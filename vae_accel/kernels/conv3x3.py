@@ -23,7 +23,7 @@ from .tile_io import weight_matrix
 SOURCE, MACHINE = Path(__file__).with_suffix(".cu"), Path(__file__).with_name("sm90.cuh")
 NAME, ARCH = "conv3x3", "sm_90a"
 SHARED = 227 << 10  # bytes a program may have
-KINDS = ("direct", "pairs", "upsample")  # the macros of conv3x3.cu
+KINDS = ("direct", "pairs", "upsample", "lines")  # the macros of conv3x3.cu
 
 
 class Form(NamedTuple):
@@ -76,7 +76,7 @@ class Form(NamedTuple):
 class _Sizes(ctypes.Structure):
     """`Sizes` of conv3x3.cu."""
 
-    names = "frames T S KT before kept repeat tiles_m tiles_n FRAME ROW H W first I O residual units chunks"
+    names = "frames T S KT before kept repeat tiles_m tiles_n FRAME ROW H W first I O residual units chunks across"
     _fields_: ClassVar = [(name, ctypes.c_int) for name in names.split()]
 
 
@@ -124,6 +124,21 @@ def conv_pairs(x: Tensor, taps: Tensor, bias: Tensor | None, residual: Tensor | 
     return _launch("pairs", x, None, taps, bias, residual, out, _Sizes(frames=n * t // 4, T=1, KT=3))
 
 
+def conv_lines(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    statistics: bool = False,
+) -> Tensor:
+    """`[N, O, H, W]` of what `norm_lines` made, bordered `[N, I, 4, H / 2, W]`, and its `transformed_taps`."""
+    n, _, _, h, w = x.shape
+    out = bordered.empty((n, taps.shape[0], 2 * h, w), dtype, x.device, versions=statistics)
+    return _launch("lines", x, None, taps, bias, residual, out, _Sizes(frames=n, T=1, KT=1), statistics=statistics)
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -166,14 +181,17 @@ def _launch(
     place, channels, outputs = bordered.geometry(x), x.shape[1], out.shape[1]
     columns, processors, phases = columns_of(channels, outputs), _processors(x.device), 2 if kind == "upsample" else 1
     assert columns is not None
-    form = _form(columns, kind, place.frame, sizes.frames * phases * outputs // columns, processors)
-    sizes.tiles_m, sizes.tiles_n = -(-place.frame // (form.consumers * form.rows)), outputs // columns
+    rows = Form(columns, kind, 2).rows
+    sizes.across = -(-place.width // rows)
+    pixels = place.height * sizes.across * rows if kind == "lines" else place.frame
+    form = _form(columns, kind, pixels, sizes.frames * phases * outputs // columns, processors)
+    sizes.tiles_m, sizes.tiles_n = -(-pixels // (form.consumers * form.rows)), outputs // columns
     sizes.FRAME, sizes.ROW, sizes.H, sizes.W = place.frame, place.row, place.height, place.width
     sizes.first, sizes.I, sizes.O = bordered.geometry(out).first, channels, outputs
     sizes.residual = int(residual is not None)
     partials = empty_partials(out, phases * sizes.tiles_m * form.consumers) if statistics else None
     sizes.units, sizes.chunks = layout_of(partials)
-    pixels, box, tail = bordered.pixels_of(out), form.rows + 2, columns == 96
+    memory, box, tail = bordered.pixels_of(out), form.rows + 2, columns == 96
     x_maps = _rows(bordered.pixels_of(x), box, tail)
     maps = (
         *x_maps,
@@ -181,9 +199,9 @@ def _launch(
         *_rows(taps, columns, tail),
         *(x_maps if residual is None else _rows(bordered.pixels_of(residual), box, tail)),
         *_identity(columns, out.dtype, x.device),
-        x_maps[0] if kind == "upsample" else _frames(out),
+        x_maps[0] if kind == "upsample" else _lines(out) if kind == "lines" else _frames(out),
     )
-    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, pixels, partials))
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, memory, partials))
     grid = min(sizes.tiles_m * sizes.tiles_n * sizes.frames * phases, processors)
     if _dispatch.tally is not None:  # by pairs as many as the direct convolution, for a rate that compares
         per_output = channels * (4 if kind == "upsample" else 9 * sizes.KT)
@@ -223,6 +241,14 @@ def _frames(out: Tensor) -> TensorMap:
     """The frames from their first picture pixel on: a tile that reaches over a frame's end is cut off there."""
     place, channels = bordered.geometry(out), out.shape[1]
     sizes, strides = [channels, place.frame, place.frames], [channels, place.frame * channels]
+    return TensorMap(bordered.pixels_of(out)[place.first :], sizes, strides, [32, 64, 1])
+
+
+def _lines(out: Tensor) -> TensorMap:
+    """The lines of all frames from their first picture pixel on, the one below each frame too: one is cut off at its
+    end, where its border is."""
+    place, channels = bordered.geometry(out), out.shape[1]
+    sizes, strides = [channels, place.row, place.frames * (place.height + 1)], [channels, place.row * channels]
     return TensorMap(bordered.pixels_of(out)[place.first :], sizes, strides, [32, 64, 1])
 
 

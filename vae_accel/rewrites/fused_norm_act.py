@@ -29,6 +29,7 @@ from vae_accel.edits import Ledger, Pen, obstacle, unusable_weight
 from vae_accel.families import norms
 from vae_accel.kernels.group_norm_act import group_norm_act
 from vae_accel.kernels.group_norm_modulate_act import group_norm_modulate_act
+from vae_accel.kernels.line_pairs import norm_lines
 from vae_accel.kernels.rms_norm_act import rms_norm_act
 from vae_accel.kernels.winograd import rms_norm_pairs
 from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
@@ -82,13 +83,19 @@ def group_norm(
     act: bool,
     input: Tensor,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+    lines: bool = False,
+) -> Any:
     """nn.GroupNorm over [N, C, *spatial].
 
     `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps the input's.
+    With `lines` it reads pairs of lines transformed: the result is that of `norm_lines`, or None where that is not what
+    this norm and its SiLU compute.
     """
     if _runs_stock(input, module.weight, module.bias) or input.shape[1] != module.num_channels:
-        return _silu(below(input), act)
+        return None if lines else _silu(below(input), act)
+    if lines:
+        groups = module.num_groups
+        return norm_lines(input, module.weight, module.bias, module.eps, groups=groups) if act else None
     return group_norm_act(input, module.num_groups, module.weight, module.bias, module.eps, act=act, dtype=dtype)
 
 
@@ -176,21 +183,24 @@ def rms_norm(
     x: Tensor,
     dtype: torch.dtype | None = None,
     pairs: bool = False,
+    lines: bool = False,
     history: Tensor | None = None,
 ) -> Any:
     """Wan's RMS_norm and its copies over dimension 1 of [N, C, *spatial], or the last with channel_first=False.
 
     `dtype` is what the next convolution would rather read (`fused_blocks`); a call that runs stock keeps x's. With
-    `pairs` it reads pairs of frames transformed, behind `history`: the result is that of `rms_norm_pairs`, or None
-    where that is not what this norm and its SiLU compute.
+    `pairs` it reads pairs of frames transformed, behind `history`, with `lines` pairs of lines: the result is that of
+    `rms_norm_pairs`, or of `norm_lines`, or None where that is not what this norm and its SiLU compute.
     """
     bias = getattr(module, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None  # else 0.0, which stock adds in a pass of its own
     dim = 1 if getattr(module, "channel_first", True) else -1
     if _runs_stock(x, module.gamma, bias) or x.shape[dim] != module.gamma.numel():
-        return None if pairs else _silu(below(x), act)
-    if pairs:
-        return rms_norm_pairs(x, module.gamma, L2_EPS, history) if act and bias is None and dim == 1 else None
+        return None if pairs or lines else _silu(below(x), act)
+    if pairs or lines:
+        if not act or bias is not None or dim != 1:
+            return None
+        return rms_norm_pairs(x, module.gamma, L2_EPS, history) if pairs else norm_lines(x, module.gamma, None, L2_EPS)
     if dim == 1:
         return rms_norm_act(x, module.gamma, bias, L2_EPS, act=act, dtype=dtype)
     return rms_norm_act(x.movedim(-1, 1), module.gamma, bias, L2_EPS, act=act, dtype=dtype).movedim(1, -1)
@@ -225,7 +235,7 @@ def silent(module: nn.Module, below: Callable[..., Tensor], input: Tensor) -> Te
     return input
 
 
-FORWARDS: dict[str, Callable[..., Tensor]] = {
+FORWARDS: dict[str, Callable[..., Any]] = {
     "group": group_norm,
     "by_frame": group_norm_of_frames,
     "modulated": group_norm_modulated,
