@@ -24,6 +24,9 @@ CASES = {  # x, channels out, kernel, frames in front, frames of history
     "nothing in front": ((2, 8, 3, 4, 4), 8, (3, 3, 3), 0, None),
     "along time": ((2, 24, 2, 3, 4), 24, (3, 1, 1), 2, 1),
     "a long run": ((1, 288, 3, 4), 16, (3, 3), 0, None),
+    "a picture's colours": ((2, 3, 5, 6), 24, (3, 3), 0, None),
+    "colours behind two frames": ((2, 3, 2, 5, 4), 16, (3, 3, 3), 2, 2),
+    "twelve channels behind zeros": ((1, 12, 3, 4, 3), 16, (3, 3, 3), 2, None),
 }
 TWO = Tile(32, 32, 16, 32, 2, 4)  # as of 192 channels: two products
 
