@@ -101,6 +101,14 @@ def test_with_the_tile_it_ships_with(device, channels):
     assert_close(out, reference(x.double(), weight.double(), bias.double(), padding=(1, 1)))
 
 
+def test_colours_of_an_fp32_model_stay_the_vendors(device):
+    x, (weight, bias) = normal(1, 3, 4, 6, device=device), weights(16, 3, 3, 3, device=device)
+    assert bordered.is_bordered(conv(x, weight, bias, padding=(1, 1)))
+    given = x.float(), weight.float(), bias.float()
+    out = conv(*given, padding=(1, 1))
+    assert not bordered.is_bordered(out) and torch.equal(out, reference(*given, padding=(1, 1)))
+
+
 def test_a_bordered_clip_is_read_in_place(device):
     """A chain of two: what the first writes is what the second reads, border and all."""
     x = normal(2, 8, 2, 3, 5, device=device)
