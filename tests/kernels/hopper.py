@@ -41,7 +41,7 @@ class Card:
 
     def install(self, monkeypatch):
         for module in (conv, upsample_conv):
-            monkeypatch.setattr(module, "unsupported", lambda x, weight, padding: None)
+            monkeypatch.setattr(module, "unsupported", lambda x, weight, padding, **more: None)
         monkeypatch.setattr(upsample_conv, "folded_taps", folded)
         monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
         monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)

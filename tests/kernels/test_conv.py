@@ -24,6 +24,9 @@ CASES = {  # x, channels out, kernel, frames in front, frames of history
     "nothing in front": ((2, 8, 3, 4, 4), 8, (3, 3, 3), 0, None),
     "along time": ((2, 24, 2, 3, 4), 24, (3, 1, 1), 2, 1),
     "a long run": ((1, 288, 3, 4), 16, (3, 3), 0, None),
+    "a picture's colours": ((2, 3, 5, 6), 24, (3, 3), 0, None),
+    "colours behind two frames": ((2, 3, 2, 5, 4), 16, (3, 3, 3), 2, 2),
+    "twelve channels behind zeros": ((1, 12, 3, 4, 3), 16, (3, 3, 3), 2, None),
 }
 TWO = Tile(32, 32, 16, 32, 2, 4)  # as of 192 channels: two products
 
@@ -96,6 +99,14 @@ def test_with_the_tile_it_ships_with(device, channels):
     out = conv(x, weight, bias, padding=(1, 1))
     assert_bordered(out)
     assert_close(out, reference(x.double(), weight.double(), bias.double(), padding=(1, 1)))
+
+
+def test_colours_of_an_fp32_model_stay_the_vendors(device):
+    x, (weight, bias) = normal(1, 3, 4, 6, device=device), weights(16, 3, 3, 3, device=device)
+    assert bordered.is_bordered(conv(x, weight, bias, padding=(1, 1)))
+    given = x.float(), weight.float(), bias.float()
+    out = conv(*given, padding=(1, 1))
+    assert not bordered.is_bordered(out) and torch.equal(out, reference(*given, padding=(1, 1)))
 
 
 def test_a_bordered_clip_is_read_in_place(device):

@@ -2,12 +2,13 @@ import json
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 from tests.kernels.clips import SMALL, normal, weights
-from vae_accel.kernels import conv, thin_conv, tile_choice, tiles, upsample_conv, winograd
+from vae_accel.kernels import conv, downsample_conv, thin_conv, tile_choice, tiles, upsample_conv, winograd
 from vae_accel.kernels._dispatch import LazyKernel
 from vae_accel.kernels.tile_choice import Card, answering, choose, use, write
 from vae_accel.kernels.tiles import KERNELS, Key, Tile, candidates, fits, key_of
@@ -82,6 +83,8 @@ def shipped_rule(key):
         return thin_conv.tile_of(i, o) if o <= thin_conv.MOST else None
     if key.kernel == "upsample_conv":
         return upsample_conv.tile_of(i, o)
+    if key.kernel == "downsample_conv":
+        return downsample_conv.tile_of(i, o)
     if key.kernel == "winograd":
         return winograd.tile_of(o, i)
     if key.kernel == "conv_pixel_pairs":
@@ -191,7 +194,7 @@ def test_optimize_reads_the_file_the_settings_name(path, monkeypatch):
     assert choose(KEY, SMALL, CPU) == OTHER
 
 
-@pytest.mark.parametrize("kernel", ["conv", "thin_conv", "upsample_conv"])
+@pytest.mark.parametrize("kernel", ["conv", "thin_conv", "upsample_conv", "downsample_conv"])
 def test_where_the_vendor_is_faster_it_runs(device, kernel):
     x = normal(1, 8, 4, 6, device=device)
     weight, bias = weights(3 if kernel == "thin_conv" else 16, 8, 3, 3, device=device)
@@ -199,14 +202,15 @@ def test_where_the_vendor_is_faster_it_runs(device, kernel):
         "conv": lambda: conv.conv(x, weight, bias, padding=(1, 1)),
         "thin_conv": lambda: thin_conv.thin_conv(x, weight, bias),
         "upsample_conv": lambda: upsample_conv.upsample_conv(x, weight, bias),
+        "downsample_conv": lambda: downsample_conv.downsample_conv(x, weight, bias),
     }
     asked = []
     with answering(lambda key, tile: asked.append((key, tile))):
         out = calls[kernel]()
     assert [key.kernel for key, _ in asked] == [kernel] and asked[0][1] is not None
-    law = upsample_conv.reference if kernel == "upsample_conv" else conv.reference
-    place = {} if kernel == "upsample_conv" else {"padding": (1, 1)}
-    assert torch.equal(out, law(x, weight, bias, **place))
+    laws = {"upsample_conv": upsample_conv.reference, "downsample_conv": downsample_conv.reference}
+    law = laws.get(kernel, partial(conv.reference, padding=(1, 1)))
+    assert torch.equal(out, law(x, weight, bias))
     assert not LazyKernel.bound, "no kernel of ours was launched"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from tests.rewrites.fused import ALONE, BESIDE, NORMS, optimized, outcome_of
@@ -221,6 +222,50 @@ def test_what_is_no_such_block_is_refused_with_the_reason() -> None:
     assert "a padding of same" in block_of(block)
     block.conv2 = nn.Linear(32, 32)
     assert block_of(block) == "conv2: Linear is no Conv2d"
+
+
+def halving(**more: Any) -> Any:
+    return Downsample2D(4, True, 6, **{"padding": 0, "name": "op", **more}).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_pictures_are_halved_as_stock_does(layout: torch.memory_format) -> None:
+    """Of odd and even sizes, bordered and not; also through a layer that wraps the convolution."""
+    stock = halving()
+    ours = optimized(copy.deepcopy(stock), ALONE)
+    for size in ((6, 8), (7, 9), (2, 3)):
+        x = torch.randn(2, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
+        for given in (x, bordered(x)):
+            torch.testing.assert_close(ours(given), stock(x), rtol=0, atol=1e-12)
+    with torch.enable_grad():
+        assert ours(torch.randn(1, 4, 6, 8).double().requires_grad_()).requires_grad
+    expected = stock(x)
+    ours.conv = nn.Sequential(ours.conv)
+    torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_nothing_to_halve_is_told_as_stock_tells() -> None:
+    for x in (torch.randn(1, 4, 1, 6).double(), torch.randn(1, 4, 6, 1).double()):
+        messages = []
+        for block in (halving(), optimized(halving(), ALONE)):
+            with pytest.raises(RuntimeError) as error:
+                block(x)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+
+
+def test_another_halving_is_refused_with_the_reason() -> None:
+    assert block_of(halving(padding=1)) is None  # nothing is padded beside the convolution
+    assert block_of(Downsample2D(4)) is None  # a mean
+    assert "a kernel of (5, 5)" in block_of(halving(kernel_size=5))
+    block = halving()
+    for change in ({"stride": 3}, {"stride": 2, "dilation": 2}, {"stride": 2, "groups": 2}):
+        block.conv = nn.Conv2d(4, 6, 3, **change)
+        assert block_of(block) == "conv: stride, dilation or groups"
+    block.conv = nn.Conv2d(4, 6, 3, 2, padding=(0, 1))
+    assert "a padding of (0, 1)" in block_of(block)
 
 
 @torch.inference_mode()

@@ -278,11 +278,38 @@ def test_frames_are_resampled_and_kept_as_stock_does(mode: str, layout: torch.me
 def test_a_single_frame_keeps_the_strides_of_its_memory_format(frames: int) -> None:
     """The stride of a dimension of size 1 decides whether `F.pad` and `torch.cat` answer channels-last."""
     module, seen = optimized(randomised(wan.WanResample(4, "downsample3d")), ALONE), []
-    module.resample.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    module.resample.register_forward_hook(lambda m, _, y: y.contiguous(memory_format=torch.channels_last))
+    module.resample[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.resample[1].register_forward_hook(lambda m, _, y: y.contiguous(memory_format=torch.channels_last))
     seen.append(module(clip(1, 4, frames, 6, 10).contiguous(memory_format=torch.channels_last_3d)))
     for x in seen:
         assert x.stride() == torch.empty(x.shape).to(memory_format=FORMATS[x.dim()]).stride()
+
+
+@torch.no_grad()
+def test_an_adapter_around_a_halving_adds_to_what_stock_gives_it() -> None:
+    stock = randomised(wan.WanResample(4, "downsample2d"))
+    ours = optimized(randomised(wan.WanResample(4, "downsample2d")), ALONE)
+    for module in (stock, ours):
+        module.resample[1] = nn.Sequential(module.resample[1])
+    x = clip(2, 4, 3, 6, 10)
+    assert_close(ours(x), stock(x))
+
+
+def test_another_padding_or_stride_of_a_halving_is_refused() -> None:
+    module = wan.WanResample(4, "downsample2d")
+    changes: list[tuple[int, nn.Module, str]] = [
+        (0, nn.ReflectionPad2d((0, 1, 0, 1)), "no pixel of zeros"),
+        (0, nn.ZeroPad2d((1, 0, 1, 0)), "no pixel of zeros"),
+        (1, nn.Conv2d(4, 4, 3, stride=3), "stride, dilation or groups"),
+        (1, nn.Conv2d(4, 4, 3, stride=2, padding=1), "a padding of (1, 1)"),
+    ]
+    for place, other, reason in changes:
+        known, module.resample[place] = module.resample[place], other
+        (site,) = FusedBlocks().sites(module, base.Ledger())
+        assert site.refused is not None and f"resample.{place}: " in site.refused and reason in site.refused
+        module.resample[place] = known
+    (site,) = FusedBlocks().sites(module, base.Ledger())
+    assert site.refused is None
 
 
 def test_a_resample_without_an_operation_is_not_taken() -> None:

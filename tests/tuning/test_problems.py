@@ -31,6 +31,7 @@ KEYS = {  # of fp16 alone: the interpreter cuts bf16 off instead of rounding it
     "pairs of pixels": Key("conv_pixel_pairs", 8, 96, 9, "float16", "float16", 4),
     "winograd": Key("winograd", 192, 128, 27, "float16", "float16", 5),
     "upsample_conv": Key("upsample_conv", 8, 16, 9, "float16", "float16", 4),
+    "downsample_conv": Key("downsample_conv", 8, 16, 9, "float16", "float16", 5),
     "thin_conv": Key("thin_conv", 8, 3, 27, "float16", "float16", 5),
     "conv of an fp32 model": Key("conv", 8, 16, 27, "float16", "float32", 6),
     "conv without a norm": Key("conv", 8, 16, 27, "float32", "float32", 6),

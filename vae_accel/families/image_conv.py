@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vae_accel.edits import unusable_weight
 from vae_accel.families.upsamplers import foldable, mark
 from vae_accel.kernels.conv import conv as fused
+from vae_accel.kernels.downsample_conv import SIDES, downsample_conv
 from vae_accel.kernels.eligible import runs, unsupported
 from vae_accel.kernels.half_operands import HALVED
 from vae_accel.kernels.line_pairs import conv_lines, suits
@@ -81,11 +82,33 @@ def in_lines(norm: nn.Module, conv: Any, x: Tensor) -> bool:
     return not runs_stock(x, *norm.parameters(recurse=False), conv.weight, conv.bias)
 
 
-def unlike(conv: nn.Module) -> str | None:
+def downsampled_conv(
+    conv: Any, below: Callable[..., Tensor], normed: bool, input: Tensor, whole: bool = False
+) -> Tensor:
+    """Of stride 2: with `whole`, of [N, C, H, W] that is not padded yet, to [N, C', H / 2, W / 2].
+
+    `normed` as in `image_conv`.
+    """
+    if not whole:
+        return below(input)
+    if _ours(conv, input, None) and input.dtype == conv.weight.dtype:
+        return downsample_conv(input, conv.weight, conv.bias, statistics=normed)
+    return below(F.pad(input, SIDES))
+
+
+def unlike_downsampled(conv: nn.Module) -> str | None:
+    """Why a module is not a convolution for `downsampled_conv`, or None."""
+    reason = unlike(conv, stride=2)
+    if reason is None and (conv.kernel_size, conv.padding) != ((3, 3), (0, 0)):
+        return f"a kernel of {conv.kernel_size} with a padding of {conv.padding}"
+    return reason
+
+
+def unlike(conv: nn.Module, stride: int = 1) -> str | None:
     """Why a module is not a convolution for `image_conv`, or None."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is no Conv2d"
-    if set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1:
+    if set(conv.stride) != {stride} or set(conv.dilation) != {1} or conv.groups != 1:
         return "stride, dilation or groups"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"a padding of {conv.padding} in mode {conv.padding_mode}"

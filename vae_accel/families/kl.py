@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from vae_accel.families.half import ROOM, peaks
-from vae_accel.families.image_conv import image_conv, in_lines, unlike, upsampled_conv
+from vae_accel.families.image_conv import (
+    downsampled_conv,
+    image_conv,
+    in_lines,
+    unlike,
+    unlike_downsampled,
+    upsampled_conv,
+)
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.upsamplers import upsampler_of
 from vae_accel.kernels._dispatch import is_channels_last
@@ -66,6 +73,14 @@ def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **
     if adapted or not _alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
         return below(*args, **kwargs)
     return child(args[0], small=True)
+
+
+def downsample(block: Any, below: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Downsample2D, [N, C, H, W] -> [N, C', H / 2, W / 2]. Any further argument is stock's."""
+    adapted = not isinstance(block.conv, nn.Conv2d)  # which would add to the whole picture
+    if adapted or not _alone(args, kwargs) or args[0].dim() != 4 or args[0].numel() == 0 or runs_stock(args[0]):
+        return below(*args, **kwargs)
+    return block.conv(args[0], whole=True)
 
 
 def attention(attn: Any, below: Callable[..., Tensor], wide: bool, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,6 +164,14 @@ def _upsample(m: Any) -> Block | str | None:
     return Block(hands) if reason is None else f"{name}: {reason}"
 
 
+def _downsample(m: Any) -> Block | str | None:
+    if not m.use_conv or m.padding != 0 or m.norm is not None:  # an average, or a padding on every side
+        return None
+    hands = (Hand("", "forward", downsample), Hand("conv", "forward", downsampled_conv, (True,)))
+    reason = unlike_downsampled(m.conv)
+    return Block(hands) if reason is None else f"conv: {reason}"
+
+
 def _hunyuan_residual(m: Any) -> Block | str:
     if m.conv_shortcut is not None:  # which stock applies to the wrong tensor: no model has one
         return "its shortcut is a convolution"
@@ -196,6 +219,7 @@ def _with_convs(
 ROWS: dict[str, Callable[[Any], Block | str | None]] = {
     "ResnetBlock2D": _residual,
     "Upsample2D": _upsample,
+    "Downsample2D": _downsample,
     "HunyuanImageResnetBlock": _hunyuan_residual,
     "Attention": _attention,
     "HunyuanImageAttentionBlock": _hunyuan_attention,

@@ -21,11 +21,19 @@ from torch import Tensor, nn
 
 from vae_accel.families.frames_attend import attend
 from vae_accel.families.half import ROOM, peaks
-from vae_accel.families.image_conv import image_conv, in_lines, unlike, upsampled_conv
+from vae_accel.families.image_conv import (
+    downsampled_conv,
+    image_conv,
+    in_lines,
+    unlike,
+    unlike_downsampled,
+    upsampled_conv,
+)
 from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan_conv import causal_conv, doubling_conv, unlike_causal
 from vae_accel.families.wan_shortcuts import average, duplicate, uneven
 from vae_accel.kernels.bordered import clip, is_bordered, last_frames, pictures
+from vae_accel.kernels.downsample_conv import SIDES
 from vae_accel.kernels.eligible import wants_fp16
 from vae_accel.kernels.winograd import suits as in_pairs
 from vae_accel.rewrite import runs_stock
@@ -94,7 +102,9 @@ def downsample(
     feat_idx = [0] if feat_idx is None else feat_idx
     if x.numel() == 0 or runs_stock(x):
         return below(x, feat_cache, feat_idx)
-    y = clip(module.resample(pictures(x)), x.shape[2])
+    conv = module.resample[1]
+    adapted = not isinstance(conv, nn.Conv2d)  # which would add to the whole clip
+    y = clip(module.resample(pictures(x)) if adapted else conv(pictures(x), whole=True), x.shape[2])
     if module.mode != "downsample3d" or feat_cache is None:
         return y
     slot = feat_idx[0]
@@ -230,9 +240,15 @@ def _resample(m: Any) -> Block | str | None:
         return _unlike(m, ["time_conv"]) or _unlike(m, ["resample.1"], unlike) or Block(hands)
     if m.mode == "upsample2d":
         return _unlike(m, ["resample.1"], unlike) or Block(_UPSAMPLE)
-    return Block((Hand("", "forward", downsample),)) if m.mode in ("downsample2d", "downsample3d") else None
+    if m.mode not in ("downsample2d", "downsample3d"):
+        return None
+    pad = m.resample[0]
+    if type(pad) is not nn.ZeroPad2d or tuple(pad.padding) != SIDES:
+        return f"resample.0: {pad} is no pixel of zeros to the right and below"
+    return _unlike(m, ["resample.1"], unlike_downsampled) or Block(_DOWNSAMPLE)
 
 
+_DOWNSAMPLE = (Hand("", "forward", downsample), Hand("resample.1", "forward", downsampled_conv, (False,)))
 _UPSAMPLE = (Hand("", "forward", upsample), Hand("resample.1", "forward", upsampled_conv, (True, False)))
 
 

@@ -47,13 +47,13 @@ def _unable(x: Tensor) -> str | None:
     return None if measured_on(x.device) else "it is measured on compute capability 9.0 alone"
 
 
-def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> str | None:
-    """Why the vendor's convolution runs instead of ours, or None."""
+def unsupported(x: Tensor, weight: Tensor, padding: tuple[int, int], *, multiple: int = 8) -> str | None:
+    """Why the vendor's convolution runs instead of ours, or None. `multiple`: what input channels have to be of."""
     if weight.dtype not in DTYPES:
         return f"{weight.dtype} has no form here"
     if (reason := _unable(x)) is not None:
         return reason
-    if x.shape[1] % 8 or weight.shape[0] % 8:
+    if x.shape[1] % multiple or weight.shape[0] % 8:
         return "the copy engine moves multiples of 16 bytes"
     if (tuple(weight.shape[-2:]), tuple(padding)) not in (((3, 3), (1, 1)), ((1, 1), (0, 0))):
         return f"a kernel of {tuple(weight.shape[2:])} with a padding of {tuple(padding)} has no form here"

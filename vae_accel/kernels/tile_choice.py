@@ -45,7 +45,7 @@ class _Row(BaseModel):
 class Choice(_Row):
     """The tile of every convolution that has the fields given; a tile of null is the vendor's convolution."""
 
-    kernel: Literal["conv", "conv_pixel_pairs", "winograd", "upsample_conv", "thin_conv"]
+    kernel: Literal["conv", "conv_pixel_pairs", "winograd", "upsample_conv", "downsample_conv", "thin_conv"]
     channels_in: int | None = None
     channels_out: int | None = None
     taps: int | None = None

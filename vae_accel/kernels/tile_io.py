@@ -107,6 +107,16 @@ def rows_of(x: Tensor, kw: int, tile: Tile, together: int = 1) -> Any:
     return _descriptor(pixels, shape, strides, [tile.rows, tile.depth])
 
 
+def halved_rows_of(x: Tensor, tile: Tile) -> Any:
+    """Every second pixel of a clip bordered with zeros, from its second column's on, and the two behind it as one row.
+
+    The first column of a picture, the second of the memory, begins in the middle of a pair of pixels.
+    """
+    pixels = bordered.pixels_of(x)[1:]
+    count, channels = pixels.shape
+    return _descriptor(pixels, [(count - 3) // 2 + 1, 3 * channels], [2 * channels, 1], [tile.rows, tile.depth])
+
+
 def block_of(matrix: Tensor, cols: int, tile: Tile) -> Any:
     return descriptor_of(matrix, [cols, tile.depth])
 
@@ -120,6 +130,14 @@ def frames_of(x: Tensor | None, tile: Tile, cols: int, together: int = 1) -> Any
     shape = [place.frames, place.frame // together, together * channels]
     strides = [place.frame * channels, together * channels, 1]
     return _descriptor(pixels, shape, strides, [1, tile.rows, cols])
+
+
+def lines_of(x: Tensor, tile: Tile) -> Any:
+    """The rows of all frames, each from its first picture pixel on and with the border behind it, H + 1 to a frame."""
+    place, channels = bordered.geometry(x), x.shape[1]
+    shape = [place.frames * (place.height + 1), place.row, channels]
+    strides = [place.row * channels, channels, 1]
+    return _descriptor(bordered.pixels_of(x)[place.first :], shape, strides, [1, tile.rows, tile.cols])
 
 
 def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._dispatch import descriptor, next_power_of_2
 
-KERNELS = ("conv", "conv_pixel_pairs", "winograd", "upsample_conv", "thin_conv")
+KERNELS = ("conv", "conv_pixel_pairs", "winograd", "upsample_conv", "downsample_conv", "thin_conv")
 SHARED = 227 * 1024  # bytes of shared memory a program may have on compute capability 9.0
 MOST_SUMS = 192  # fp32 sums a thread can hold of the 255 registers it has
 LARGEST = 20  # log2 of pixels: with 46 tiles of 256 rows for each of 132 multiprocessors, more is only longer

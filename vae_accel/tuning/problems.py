@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_accel.kernels import bordered, conv, thin_conv, tile_choice, upsample_conv, winograd
+from vae_accel.kernels import bordered, conv, downsample_conv, thin_conv, tile_choice, upsample_conv, winograd
 from vae_accel.kernels.tiles import Key, Tile
 from vae_accel.verify import full_precision
 
@@ -60,7 +60,7 @@ def problem(key: Key, seed: int, device: torch.device) -> Problem:
     }
     if kt > 1 and key.kernel != "upsample_conv":
         given["history"] = clip(key.channels_in, kt - 1, operands)
-    if key.kernel not in ("upsample_conv", "thin_conv"):
+    if key.kernel not in ("upsample_conv", "downsample_conv", "thin_conv"):
         given["residual"] = clip(key.channels_out, frames, result)
     return _problem(key, given, {"padding": (side // 2, side // 2), "before": kt - 1}, frames * height * width)
 
@@ -83,6 +83,9 @@ def _problem(key: Key, given: dict[str, Tensor], place: dict[str, Any], pixels: 
         place = {"double": True, "space": "replicate"} if given["weight"].dim() == 5 else {}
         operation, law = upsample_conv.upsample_conv, partial(upsample_conv.reference, **place)
         pixels = (8 if place else 4) * pixels
+    elif key.kernel == "downsample_conv":
+        place, operation, law = {}, downsample_conv.downsample_conv, downsample_conv.reference
+        pixels = given["x"].shape[-2] // 2 * (given["x"].shape[-1] // 2)
     ready: dict[str, Any] = dict(given)
     if key.kernel == "winograd":
         frames = torch.cat((ready.pop("history"), given["x"]), 2).float()
