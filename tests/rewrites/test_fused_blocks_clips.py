@@ -136,15 +136,15 @@ def test_copied_offloaded_and_taken_back(case: Tiny) -> None:
 
 
 def test_the_plan_takes_no_family_that_no_card_has_proved() -> None:
-    """Unless it is asked for by name. HunyuanVideo's attention is AutoencoderKL's."""
-    for name in NAMES:
+    """Unless it is asked for by name."""
+    for name in ("hunyuan-video-1.5", "hunyuan-image-refiner"):
         vae = TINY[name].build(dtype=torch.bfloat16)
         Cuda().optimize_vae(vae)
-        assert all("attentions" in path for path in outcome_of(vae).taken), name
+        assert not outcome_of(vae).taken, name
         assert any("on no card yet: fused_blocks=1 takes it" in reason for reason in outcome_of(vae).refused.values())
-        few = len(outcome_of(vae).taken)
         Cuda().optimize_vae(vae, fused_blocks="1")
-        assert len(outcome_of(vae).taken) > few + 3, name
-    vae = TINY["wan2.1"].build(dtype=torch.bfloat16)
-    Cuda().optimize_vae(vae)
-    assert outcome_of(vae).taken and not outcome_of(vae).refused
+        assert len(outcome_of(vae).taken) > 3, name
+    for name in ("wan2.1", "hunyuan-video", "mochi", "cogvideox"):
+        vae = TINY[name].build(dtype=torch.bfloat16)
+        Cuda().optimize_vae(vae)
+        assert outcome_of(vae).taken and not any("on no card" in r for r in outcome_of(vae).refused.values()), name

@@ -20,7 +20,8 @@ ROWS: dict[str, Callable[[nn.Module], Block | str | None]] = {
 }
 
 
-PROVED = frozenset((*wan.ROWS, *kl.ROWS))  # whose pictures were proved on a card: interpreters do not miscompile
+# Whose pictures were proved on a card: interpreters do not miscompile.
+PROVED = frozenset((*wan.ROWS, *kl.ROWS, *hunyuan_video.ROWS, *mochi.ROWS, *cogvideox.ROWS))
 
 
 def block_of(module: nn.Module) -> Block | str | None:
