@@ -2,7 +2,7 @@
 
 import torch
 
-from vae_accel.kernels import bordered
+from vae_accel.kernels import bordered, group_statistics
 from vae_accel.kernels.conv import Tile
 
 SMALL = Tile(32, 16, 0, 32, 2, 4)  # many tiles in a small picture, none of which it divides into
@@ -41,3 +41,16 @@ def surrounded(x):
 def padded_frames(x, border):
     frames = x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
     return torch.nn.functional.pad(frames, (1, 1, 1, 1), mode=border)
+
+
+def assert_noted(y):
+    """The parts noted beside `y` are mean, squared deviations and number of what it holds, of 32 groups or of all."""
+    mean, m2, count = group_statistics.noted(y, 32 if y.shape[1] > 96 else 1).double()
+    parts = y.double().unflatten(1, (mean.shape[1], -1))
+    parts = parts.movedim(2, 1).flatten(3).transpose(1, 2).flatten(2) if y.dim() == 5 else parts.flatten(2)
+    total = count.sum(-1)
+    assert (total == parts.shape[-1]).all()
+    whole = (mean * count).sum(-1) / total
+    squares = (m2 + count * (mean - whole[..., None]).square()).sum(-1)
+    torch.testing.assert_close(whole, parts.mean(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares / total, parts.var(-1, unbiased=False), rtol=1e-4, atol=1e-6)

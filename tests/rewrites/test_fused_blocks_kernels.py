@@ -327,7 +327,7 @@ def activated(block: Any) -> None:
 
 def trained(block: Any) -> None:
     block.conv1.weight.requires_grad_()
-    block.norm2.gamma.requires_grad_()
+    next(block.norm2.parameters()).requires_grad_()
 
 
 @pytest.mark.parametrize("change", [hooked, adapted, trained])

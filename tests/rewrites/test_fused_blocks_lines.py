@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests import interpreter
 from tests.kernels.hopper import Card
-from tests.rewrites.test_fused_blocks_kernels import Adapter, noise, optimized_block
+from tests.rewrites.test_fused_blocks_kernels import adapted, hooked, noise, optimized_block, trained
 from vae_accel.kernels import line_pairs
 from vae_accel.metrics import rms_error
 from vae_accel.workloads.weights import randomise
@@ -78,20 +78,6 @@ def test_closer_to_the_truth_than_stock(make: Any, shape: tuple[int, ...], seen:
     golden = built(make, torch.float64)(x.double())
     assert rms_error(ours(x), golden) <= 0.9 * rms_error(built(make)(x), golden)
     assert seen == [(n, 128, h, w)] * 2
-
-
-def hooked(block: Any) -> None:
-    block.conv1.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
-    block.norm2.register_forward_hook(lambda *_: _[2].clone())
-
-
-def adapted(block: Any) -> None:
-    block.conv1, block.conv2 = Adapter(block.conv1), Adapter(block.conv2)
-
-
-def trained(block: Any) -> None:
-    block.conv1.weight.requires_grad_()
-    next(block.norm2.parameters()).requires_grad_()
 
 
 @each_family
