@@ -190,7 +190,7 @@ def refuse(program, shared, card):
     ids=["none", "old"],
 )
 def test_without_a_compiler_a_warning_says_so_once(monkeypatch, name, broken, words):
-    for cached in (conv3x3._ready, conv3x3._kernel):
+    for cached in (conv3x3.is_ready, conv3x3._kernel):
         cached.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -201,7 +201,7 @@ def test_without_a_compiler_a_warning_says_so_once(monkeypatch, name, broken, wo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not conv3x3.has_form(96, 96, torch.device("cuda", 0))
-    conv3x3._ready.cache_clear()
+    conv3x3.is_ready.cache_clear()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
