@@ -101,7 +101,7 @@ def _normalize(
             value = value / (1 + tl.exp(-value))
         if gain is not None:
             value *= gain
-        if SATURATE:
+        if SATURATE is not None:
             value = tl.clamp(value, -SATURATE, SATURATE, propagate_nan=tl.PropagateNan.ALL)
         if BORDER == 0:
             value = tl.where(is_picture(start + first + row, ROW, FRAME, H, W), value, 0.0)
