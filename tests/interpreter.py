@@ -19,8 +19,8 @@ def reduced(tl: Any, combine: Any, x: Any, axis: Any, keep_dims: bool = False) -
 
 
 def rounding_to_e4m3(convert: Any) -> Any:
-    """The interpreter's conversion of floats but for e4m3, where it loses carries into the exponent and numbers that are
-    none (Triton 3.6); a card rounds as torch does."""
+    """The interpreter's conversion of floats but for e4m3, where it loses carries into the exponent, and NaN (Triton
+    3.6); a card rounds as torch does."""
 
     def converted(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if target.name != "fp8e4nv":

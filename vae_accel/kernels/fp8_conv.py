@@ -5,13 +5,14 @@ numbers that end at 448. Weights are quantized in each call, every output channe
 largest weight to 448; activations by the norm that writes them, times a power of two (`gain_of`), saturated. What one
 operand is divided by, each sum is multiplied by, before the bias and the residual, which stay in 16 bits, are added.
 
-Hopper's tensor cores have twice fp16's rate for it, read half the bytes, and align the products they add at about 13
-fractional bits (DeepSeek-V3's report, section 3.3, 2024): beside the operands' rounding a tenth, and never counted here.
+Hopper's tensor cores have twice fp16's rate for it and read half the bytes. They keep about 14 bits of the sums they
+add products to (DeepSeek-V3's report, 2024, section 3.3), which is not measured here yet.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def unfit(channels: tuple[int, ...]) -> str | None:
     for wide in channels[:-1]:
         if wide % 128:
             return f"{wide} input channels are no multiple of 128"
-    narrow = (n for i, n in zip(channels, channels[1:]) if conv3x3.columns_of(i, n, E4M3) is None)
+    narrow = (n for i, n in pairwise(channels) if conv3x3.columns_of(i, n, E4M3) is None)
     return next((f"{n} output channels are no multiple of 128 or 192" for n in narrow), None)
 
 
@@ -76,7 +77,7 @@ def quantized_reference(weight: Tensor, gain: float) -> tuple[Tensor, Tensor]:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, gain: float, *, residual: Tensor | None = None) -> Tensor:
-    """The law: the convolution, in fp32, of e4m3 `x` and the quantized weight, bias and residual added, rounded once."""
+    """The law: the convolution, in fp32, of e4m3 `x` and the quantized weight, and the rest added, rounded once."""
     taps, scales = quantized_reference(weight, gain)
     o, i, *kernel = weight.shape
     y = F.conv2d(x.float(), taps.float().view(o, *kernel, i).movedim(-1, 1), padding=1) * scales[:, None, None]
