@@ -33,8 +33,8 @@ def gains_of(block: Any) -> tuple[float, float] | str | None:
     row = by_row(block, ROWS)
     if row is None or isinstance(row, str):
         return row
-    if type(block.nonlinearity) is not nn.SiLU:
-        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
+    if (reason := _not_silu(block)) is not None:
+        return reason
     for norm, conv in ((getattr(block, norm), conv) for norm, conv in PAIRS):
         if type(norm) is not nn.GroupNorm:
             return f"{type(norm).__name__} is no GroupNorm"
@@ -89,6 +89,8 @@ def _refusal(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
     x = args[0]
     if block.training or runs_stock(x, *block.parameters()):
         return "training, a gradient, or autocast"
+    if (reason := _not_silu(block)) is not None:
+        return reason
     for name, child in ((name, getattr(block, name)) for pair in PAIRS for name in pair):
         if type(child) not in (nn.GroupNorm, nn.Conv2d):
             return f"{name} is {type(child).__name__}"
@@ -99,6 +101,11 @@ def _refusal(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
         if child.weight is not None and child.weight.dtype != x.dtype:
             return f"{name} holds {child.weight.dtype} beside pictures of {x.dtype}"
     return refusal(x, _channels(block))
+
+
+def _not_silu(block: Any) -> str | None:
+    act = type(block.nonlinearity)
+    return None if act is nn.SiLU else f"its activation is {act.__name__}, not SiLU"
 
 
 def _channels(block: Any) -> tuple[int, ...]:
