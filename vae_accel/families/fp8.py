@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vae_accel.edits import Outcome
 from vae_accel.families import kl
-from vae_accel.families.match import by_row
+from vae_accel.families.match import by_row, known_as
 from vae_accel.kernels._dispatch import E4M3
 from vae_accel.kernels.bordered import dense
 from vae_accel.kernels.fp8_conv import fp8_conv, gain_of, refusal, unfit
@@ -24,7 +24,20 @@ from vae_accel.rewrite import runs_stock
 
 ROWS = {name: kl.ROWS[name] for name in ("ResnetBlock2D", "HunyuanImageResnetBlock")}
 PAIRS = (("norm1", "conv1"), ("norm2", "conv2"))
+UPSAMPLERS = ("Upsample2D", "HunyuanImageUpsample")
 BELOW = "block without e4m3: {}"  # how the report counts a call that runs as before
+
+
+def before_upsampling(decoder: nn.Module) -> set[str]:
+    """The paths of modules of a decoder that compute at the size of its latent: the middle, and what is listed before
+    the first upsampling."""
+    found = set()
+    upsampled = False
+    for path, module in decoder.named_modules():
+        upsampled = upsampled or known_as(module, UPSAMPLERS) is not None
+        if not upsampled or path.startswith("mid_block."):
+            found.add(path)
+    return found
 
 
 def gains_of(block: Any) -> tuple[float, float] | str | None:
