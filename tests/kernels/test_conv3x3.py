@@ -213,10 +213,24 @@ def test_compiles_for_sm_90a_without_spills_and_fits(form, neighbours):
         pytest.skip(f"{missing}")
     if neighbours and (form.kind == "pairs" or (neighbours == 1 and form.columns != 96)):
         pytest.skip("no norm with statistics follows a pair, and multiples of 64 channels share parts by two")
-    code, log = nvrtc.compile(form.program(torch.float16, torch.bfloat16, neighbours))
+    assert_compiles(form, torch.float16, neighbours)
+    assert form.shared(channels_out=1152) <= conv3x3.SHARED
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f.kind == "direct" and f.columns != 96], ids=str)
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_operands_of_8_bits_compile_without_spills(form, neighbours):
+    try:
+        nvrtc._nvrtc()
+    except OSError as missing:
+        pytest.skip(f"{missing}")
+    assert_compiles(form, torch.float8_e4m3fn, neighbours)
+
+
+def assert_compiles(form, operands, neighbours):
+    code, log = nvrtc.compile(form.program(operands, torch.bfloat16, neighbours))
     assert code.startswith(b"\x7fELF")
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", log), log
-    assert form.shared(channels_out=1152) <= conv3x3.SHARED
 
 
 def test_a_compiler_that_refuses_is_quoted():
