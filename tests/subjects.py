@@ -91,10 +91,13 @@ def einops_block() -> Subject:
 
 # An SD autoencoder whose one attention head is wider than the fused kernels go.
 WIDE = image("sd-wide", "AutoencoderKL", 4, (4, 6), 2, config={**KL, "block_out_channels": (32, 288)})
+# And one whose channels are multiples of 128, which e4m3 operands need.
+FLUX = next(tiny for tiny in TABLE if tiny.id == "flux.1")
+BROAD = replace(FLUX, id="flux.1-broad", config={**FLUX.config, "block_out_channels": (128, 128)})
 SUBJECTS: dict[str, Subject] = {
     subject.id: subject
     for subject in (
-        *map(autoencoder, (*TABLE, WIDE)),
+        *map(autoencoder, (*TABLE, WIDE, BROAD)),
         *map(tower, (*towers.TABLE, towers.HOLDER, *towers.RELATIVES, *towers.PACKED)),
         einops_block(),
     )

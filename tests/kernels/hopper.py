@@ -43,7 +43,7 @@ class Card:
         for module in (conv, upsample_conv):
             monkeypatch.setattr(module, "unsupported", lambda x, weight, padding, **more: None)
         monkeypatch.setattr(upsample_conv, "folded_taps", folded)
-        monkeypatch.setattr(conv3x3, "_ready", lambda device: True)
+        monkeypatch.setattr(conv3x3, "is_ready", lambda device: True)
         monkeypatch.setattr(conv3x3, "_processors", lambda device: self.processors)
         monkeypatch.setattr(conv3x3, "TensorMap", Box)
         monkeypatch.setattr(nvrtc, "load", lambda program, shared, card: program)
@@ -56,7 +56,9 @@ class Card:
         macro = {name: int(value) for name, value in (option[2:].split("=") for option in program.options)}
         assert threads == 128 * (macro["CONSUMERS"] + 1) and shared <= conv3x3.SHARED and grid <= self.processors
         self.launches.append(macro)
-        x, _, history, _, w, _, residual, _, one, _, out, bias, head, partials, s = arguments
+        x, _, history, _, w, _, residual, _, one, _, out, bias, head, partials, s, scales = arguments
+        assert (macro["OPERANDS"] == 2) == (scales.value is not None)
+        scales = torch.ones(s.O) if scales.value is None else memory(scales, s.O, torch.float32)
         dtype = torch.bfloat16 if macro["BRAIN"] else torch.float16
         bias = torch.zeros(s.O) if bias.value is None else memory(bias, s.O, dtype)
         memory(head, s.first * s.O, dtype).zero_()
@@ -115,6 +117,7 @@ class Card:
                             found[0] += taps(x, (sample * s.S + min(max(t + j, 0), s.S - 1)) * s.FRAME, j)
                 for i, value in enumerate(found):
                     lower = frame * (2 * s.H + 1) + 2 * line + i
+                    value = value * scales[n0 : n0 + n].double()
                     if s.residual:
                         at = (at_once * frame + i) * s.FRAME + o0 if kind != "lines" else lower * s.ROW + column
                         at += s.first

@@ -183,7 +183,7 @@ def refuse(program, shared, card):
     ids=["none", "old"],
 )
 def test_without_a_compiler_a_warning_says_so_once(monkeypatch, name, broken, words):
-    for cached in (conv3x3._ready, conv3x3._kernel):
+    for cached in (conv3x3.is_ready, conv3x3._kernel):
         cached.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -194,7 +194,7 @@ def test_without_a_compiler_a_warning_says_so_once(monkeypatch, name, broken, wo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not conv3x3.has_form(96, 96, torch.device("cuda", 0))
-    conv3x3._ready.cache_clear()
+    conv3x3.is_ready.cache_clear()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -206,10 +206,24 @@ def test_compiles_for_sm_90a_without_spills_and_fits(form, neighbours):
         pytest.skip(f"{missing}")
     if neighbours and (form.kind == "pairs" or (neighbours == 1 and form.columns != 96)):
         pytest.skip("no norm with statistics follows a pair, and multiples of 64 channels share parts by two")
-    code, log = nvrtc.compile(form.program(torch.float16, torch.bfloat16, neighbours))
+    assert_compiles(form, torch.float16, neighbours)
+    assert form.shared(channels_out=1152) <= conv3x3.SHARED
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f.kind == "direct" and f.columns != 96], ids=str)
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_operands_of_8_bits_compile_without_spills(form, neighbours):
+    try:
+        nvrtc._nvrtc()
+    except OSError as missing:
+        pytest.skip(f"{missing}")
+    assert_compiles(form, torch.float8_e4m3fn, neighbours)
+
+
+def assert_compiles(form, operands, neighbours):
+    code, log = nvrtc.compile(form.program(operands, torch.bfloat16, neighbours))
     assert code.startswith(b"\x7fELF")
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", log), log
-    assert form.shared(channels_out=1152) <= conv3x3.SHARED
 
 
 def test_a_compiler_that_refuses_is_quoted():

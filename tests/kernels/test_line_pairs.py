@@ -108,7 +108,7 @@ def test_what_suits(card, monkeypatch):
     assert not suits(x[..., :3, :], 128) and not suits(x.half(), 128) and not suits(x[:, :40], 128)
     assert not suits(x.unsqueeze(2), 128) and not suits(x, 100)
     assert not suits(x[:, :96], 96)
-    monkeypatch.setattr(conv3x3, "_ready", lambda device: False)
+    monkeypatch.setattr(conv3x3, "is_ready", lambda device: False)
     assert not suits(x, 128)
 
 

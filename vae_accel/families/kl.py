@@ -48,7 +48,7 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
 
     `reach` is that of each norm, see `reach`.
     """
-    if not _alone(args, kwargs) or block.training or runs_stock(args[0]):
+    if not alone(args, kwargs) or block.training or runs_stock(args[0]):
         return below(*args, **kwargs)
     x: Tensor = args[0]
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
@@ -70,7 +70,7 @@ def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **
     """Upsample2D, [N, C, H, W] -> [N, C', 2H, 2W]. Any further argument (`output_size`) is stock's."""
     child = getattr(block, conv)
     adapted = not isinstance(child, nn.Conv2d)  # which would add to the small picture
-    if adapted or not _alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
+    if adapted or not alone(args, kwargs) or args[0].numel() == 0 or runs_stock(args[0]):
         return below(*args, **kwargs)
     return child(args[0], small=True)
 
@@ -78,7 +78,7 @@ def upsample(block: Any, below: Callable[..., Tensor], conv: str, *args: Any, **
 def downsample(block: Any, below: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Downsample2D, [N, C, H, W] -> [N, C', H / 2, W / 2]. Any further argument is stock's."""
     adapted = not isinstance(block.conv, nn.Conv2d)  # which would add to the whole picture
-    if adapted or not _alone(args, kwargs) or args[0].dim() != 4 or args[0].numel() == 0 or runs_stock(args[0]):
+    if adapted or not alone(args, kwargs) or args[0].dim() != 4 or args[0].numel() == 0 or runs_stock(args[0]):
         return below(*args, **kwargs)
     return block.conv(args[0], whole=True)
 
@@ -89,7 +89,7 @@ def attention(attn: Any, below: Callable[..., Tensor], wide: bool, *args: Any, *
     Masks and other sequences are stock's, whose processors view a picture as a sequence: a bordered one has no such
     view.
     """
-    if not (wide and _alone(args, kwargs) and _is_picture(args[0]) and is_stock(attn.processor)):
+    if not (wide and alone(args, kwargs) and _is_picture(args[0]) and is_stock(attn.processor)):
         return below(*(dense(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
     x: Tensor = args[0]
     pixels = attn.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
@@ -130,7 +130,7 @@ def _halves(norm: Any, reach: float, x: Tensor) -> bool:
     return wants_fp16(x) and x[0].numel() // norm.num_groups < reach
 
 
-def _alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a picture, or a clip, is all that a call gives."""
     return len(args) > 0 and all(value is None for value in (*args[1:], *kwargs.values())) and args[0].dim() in (4, 5)
 

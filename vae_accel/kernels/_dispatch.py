@@ -23,6 +23,9 @@ tally: Callable[[str, int, int], None] | None = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP16_MAX = 65504.0
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+LARGEST: dict[torch.dtype | None, float] = {torch.float16: FP16_MAX, E4M3: E4M3_MAX}  # what is finite may not fit these
 
 
 class LazyFunction:
@@ -84,12 +87,16 @@ def lazy_kernel(alike: str) -> Callable[[Callable[..., None]], LazyKernel]:
 
 
 class Signature(NamedTuple):
-    """What `triton.compiler.ASTSource` takes to compile a kernel ahead of time, without a GPU."""
+    """What `triton.compiler.ASTSource` takes to compile a kernel ahead of time, without a GPU.
+
+    `only`: the targets whose numbers it has, of a kernel that runs nowhere else; empty: all.
+    """
 
     kernel: LazyKernel
     types: dict[str, str]
     constexprs: dict[str, Any]
     warps: int
+    only: tuple[str, ...] = ()
 
 
 def descriptor(dtype: str, *block: int) -> str:
@@ -97,15 +104,23 @@ def descriptor(dtype: str, *block: int) -> str:
     return f"tensordesc<{dtype}{list(block)}>"
 
 
-def signature(kernel: LazyKernel, pointers: dict[str, str], constexprs: dict[str, Any], *, warps: int = 4) -> Signature:
-    """Pointers (by dtype), tensor descriptors and constexprs as named; `eps` is a float, any other a 32-bit integer."""
+def signature(
+    kernel: LazyKernel,
+    pointers: dict[str, str],
+    constexprs: dict[str, Any],
+    *,
+    warps: int = 4,
+    only: tuple[str, ...] = (),
+) -> Signature:
+    """Pointers (by dtype), tensor descriptors and constexprs as named; `eps` and `gain` are floats, any other a 32-bit
+    integer."""
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
-        rest = "fp32" if name == "eps" else "i32"
+        rest = "fp32" if name in ("eps", "gain") else "i32"
         given = pointers.get(name, "")
         pointer = given if given.startswith("tensordesc") else f"*{given}"
         types[name] = "constexpr" if name in constexprs else pointer if given else rest
-    return Signature(kernel, types, constexprs, warps)
+    return Signature(kernel, types, constexprs, warps, only)
 
 
 @functools.cache
@@ -179,8 +194,9 @@ def flattenable(x: Tensor, start: int = 2) -> Tensor:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` rounded to `dtype`; what is finite stays finite in fp16, whose range ends at 65504."""
-    return values.clamp(-FP16_MAX, FP16_MAX).to(dtype) if dtype == torch.float16 else values.to(dtype)
+    """`values` rounded to `dtype`; what is finite stays finite in fp16, which ends at 65504, and in e4m3, at 448."""
+    largest = LARGEST.get(dtype)
+    return (values if largest is None else values.clamp(-largest, largest)).to(dtype)
 
 
 def next_power_of_2(n: int) -> int:

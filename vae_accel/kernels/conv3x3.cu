@@ -1,7 +1,7 @@
 // A convolution with 3x3 taps in space as an implicit GEMM for sm_90a: what Triton cannot say of a Hopper card.
 //
 // Pixels are rows of one matrix [pixels, C] in a bordered clip (bordered.py). A program is persistent: one warp fetches
-// by the copy engine, CONSUMERS warpgroups multiply by wgmma m64 x N x k16. N is 96, 128 or 192, so that no column is
+// by the copy engine, CONSUMERS warpgroups multiply by wgmma m64 x N x 32 bytes. N is 96, 128 or 192, so that no column is
 // wasted; and the three taps of a row come from one tile of pixels in shared memory, read at three offsets: a third of
 // what a tile a tap would draw from the L2, which bounds Triton's form (platforms/cuda/README.md).
 //
@@ -13,15 +13,21 @@
 // BLOCKS     their accumulators, in blocks of 64 rows; of two sums half of them for either
 // NA, NB     stages of pixels and of weights
 // NEIGHBOURS channels that share a part of the next GroupNorm's statistics (group_statistics.py), 1 or 2; 0: none
-// BRAIN      the result is bf16, else fp16; operands are fp16, or with BRAIN_OPERANDS bf16
+// BRAIN      the result is bf16, else fp16
+// OPERANDS   HALF, BFLOAT or E4M3, of which a step has twice the channels in as many bytes; their sums are of the
+//            quantized numbers, and multiplied by `scales`, one a column, before a residual is added
 #define DIRECT 0
 #define PAIRS 1
 #define UPSAMPLE 2
 #define LINES 3
 #define WINOGRAD (KIND == PAIRS || KIND == LINES)
+#define HALF 0
+#define BFLOAT 1
+#define E4M3 2
 
-constexpr int TAIL = N == 96;                   // steps of K are 64 + 32 channels, else 64
-constexpr int STEP = TAIL ? 96 : 64;
+constexpr int TAIL = N == 96;                   // steps of K are 128 + 64 bytes, else 128
+constexpr int BYTES = TAIL ? 192 : 128;
+constexpr int STEP = OPERANDS == E4M3 ? BYTES : BYTES / 2, WIDE = BYTES / 2;  // channels; WIDE: of a residual
 constexpr int SUMS = KIND == DIRECT ? 1 : 2, SUM = BLOCKS / SUMS;  // blocks of one sum
 constexpr int PHASES = KIND == UPSAMPLE ? 2 : 1;  // tiles over the same pixels
 constexpr int AT_ONCE = WINOGRAD ? 2 : 1;       // frames of the result, or lines
@@ -33,11 +39,11 @@ constexpr int A64 = (BOX + 7) / 8 * 1024, A32 = TAIL * A64 / 2, APART = A64 + A3
 constexpr int B64 = N * 128, B32 = TAIL * N * 64, BSTAGE = B64 + B32;
 constexpr int CHUNK = N == 128 ? 64 : 96;       // columns on their way out at a time
 constexpr int OUT = 64 * CHUNK * 2;
-constexpr u32 ABYTES = CONSUMERS * BOX * STEP * 2, BBYTES = N * STEP * 2;
+constexpr u32 ABYTES = CONSUMERS * BOX * BYTES, BBYTES = N * BYTES;
 
 // The operands of the products, and those of the residual, which is a product with the identity.
-struct Operands { static constexpr bool brain = BRAIN_OPERANDS; };
-struct Residual { static constexpr bool brain = BRAIN; };
+struct Operands { static constexpr int kind = OPERANDS; };
+struct Residual { static constexpr int kind = BRAIN ? BFLOAT : HALF; };
 // The blocks of either sum.
 struct P { static constexpr int first = 0; };
 struct Q { static constexpr int first = SUMS == 2 ? SUM : 0; };
@@ -49,12 +55,12 @@ __device__ __forceinline__ void multiply(float (&d)[BLOCKS][N / 2], u32 a, u32 b
   for (int k = 0; k < 4; k++)
     #pragma unroll
     for (int m = 0; m < SUM; m++)
-      wgmma<Kind::brain>(d[FIRST + m], desc128(a + (kw * 128 + m * 8192 + k * 32) / 16), desc128(b + k * 2));
+      wgmma<Kind::kind>(d[FIRST + m], desc128(a + (kw * 128 + m * 8192 + k * 32) / 16), desc128(b + k * 2));
   #pragma unroll
   for (int k = 0; k < 2 * TAIL; k++)
     #pragma unroll
     for (int m = 0; m < SUM; m++)
-      wgmma<Kind::brain>(
+      wgmma<Kind::kind>(
         d[FIRST + m], desc64(a + (A64 + kw * 64 + m * 4096 + k * 32) / 16), desc64(b + (B64 + k * 32) / 16));
 }
 
@@ -106,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
     const __grid_constant__ Map h32, const __grid_constant__ Map w64, const __grid_constant__ Map w32,
     const __grid_constant__ Map r64, const __grid_constant__ Map r32, const __grid_constant__ Map e64,
     const __grid_constant__ Map e32, const __grid_constant__ Map out, const u16* bias, uint4* pixels, float* partials,
-    const __grid_constant__ Sizes s) {
+    const __grid_constant__ Sizes s, const float* scales) {
   extern __shared__ unsigned char raw[];
   const u32 base = (smem(raw) + 1023) & ~1023u;
   const u32 as = base, bs = as + NA * ASTAGE, outs = bs + NB * BSTAGE, bars = outs + CONSUMERS * OUT;
@@ -197,10 +203,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
           #pragma unroll
           for (int i = 0; i < CONSUMERS; i++) at[i] = begin_of(p.o0 + i * ROWS, s).y;
           for (int i = 0; i < AT_ONCE; i++)
-            for (int kb = 0; kb < N / STEP; kb++) {
+            for (int kb = 0; kb < N / WIDE; kb++) {
               const int row = KIND == LINES ? (p.frame * (2 * s.H + 1) + i) * s.ROW : (AT_ONCE * p.frame + i) * s.FRAME;
-              loadA(&r64, &r32, row + s.first, p.n0 + kb * STEP);
-              loadB(&e64, &e32, 0, kb * STEP);
+              loadA(&r64, &r32, row + s.first, p.n0 + kb * WIDE);
+              loadB(&e64, &e32, 0, kb * WIDE);
             }
         }
       }
@@ -274,12 +280,27 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) conv3x3(
       #pragma unroll 1
       for (int step = 0; step < 3 * KB * (s.KT - unseen(place, s)); step++) row_of_taps(P{});
 #endif
+#if OPERANDS == E4M3
+      drain();
+      #pragma unroll
+      for (int j = 0; j < N / 8; j++) {
+        const float2 scale = columns(scales + place.n0 + 8 * j + 2 * (lane & 3));
+        #pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+          #pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            d[m][4 * j + i] *= scale.x;
+            d[m][4 * j + i + 1] *= scale.y;
+          }
+      }
+      pin(d);
+#endif
       if (s.residual) {
         #pragma unroll 1
-        for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, P{}, 0, true); }
+        for (int kb = 0; kb < N / WIDE; kb++) { waitA(); tap(Residual{}, P{}, 0, true); }
 #if WINOGRAD
         #pragma unroll 1
-        for (int kb = 0; kb < N / STEP; kb++) { waitA(); tap(Residual{}, Q{}, 0, true); }
+        for (int kb = 0; kb < N / WIDE; kb++) { waitA(); tap(Residual{}, Q{}, 0, true); }
 #endif
       }
       drain();

@@ -24,6 +24,7 @@ SOURCE, MACHINE = Path(__file__).with_suffix(".cu"), Path(__file__).with_name("s
 NAME, ARCH = "conv3x3", "sm_90a"
 SHARED = 227 << 10  # bytes a program may have
 KINDS = ("direct", "pairs", "upsample", "lines")  # the macros of conv3x3.cu
+OPERANDS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 class Form(NamedTuple):
@@ -35,8 +36,8 @@ class Form(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Input channels at a time."""
-        return 96 if self.columns == 96 else 64
+        """Input channels at a time, in bytes."""
+        return 192 if self.columns == 96 else 128
 
     @property
     def blocks(self) -> int:
@@ -56,11 +57,9 @@ class Form(NamedTuple):
 
     def shared(self, channels_out: int) -> int:
         pixels, weights = self.stages
-        part = -(-(self.rows + 2) // 8) * 8 * self.step * 2
+        part = -(-(self.rows + 2) // 8) * 8 * self.step
         chunk = 64 if self.columns == 128 else 96
-        tiles = (
-            pixels * self.consumers * part + weights * self.columns * self.step * 2 + self.consumers * 64 * chunk * 2
-        )
+        tiles = pixels * self.consumers * part + weights * self.columns * self.step + self.consumers * 64 * chunk * 2
         return 1024 + tiles + 16 * (pixels + weights) + 2 * channels_out
 
     def program(self, operands: torch.dtype, result: torch.dtype, neighbours: int) -> Program:
@@ -68,7 +67,7 @@ class Form(NamedTuple):
         pixels, weights = self.stages
         macros = {"N": self.columns, "KIND": KINDS.index(self.kind), "CONSUMERS": self.consumers, "BLOCKS": self.blocks}
         macros |= {"NA": pixels, "NB": weights, "NEIGHBOURS": neighbours, "BRAIN": int(result == torch.bfloat16)}
-        macros |= {"BRAIN_OPERANDS": int(operands == torch.bfloat16)}
+        macros |= {"OPERANDS": OPERANDS.index(operands)}
         source = MACHINE.read_text() + _products(self.columns) + SOURCE.read_text()
         return Program(source, NAME, tuple(f"-D{name}={value}" for name, value in macros.items()), ARCH)
 
@@ -80,18 +79,22 @@ class _Sizes(ctypes.Structure):
     _fields_: ClassVar = [(name, ctypes.c_int) for name in names.split()]
 
 
-def columns_of(channels_in: int, channels_out: int) -> int | None:
-    """Columns of a tile that divide the output channels, with a step of K that divides the input's; or None."""
-    if channels_in % 64 == 0 and channels_out % 192 == 0:
+def columns_of(channels_in: int, channels_out: int, operands: torch.dtype = torch.float16) -> int | None:
+    """Columns of a tile that divide the output channels, with a step of K that divides the input's; or None.
+
+    e4m3 has no form for 96 columns, whose convolutions Winograd's transform in fp16 makes as fast.
+    """
+    wide = channels_in % (128 // operands.itemsize) == 0
+    if wide and channels_out % 192 == 0:
         return 192
-    if channels_in % 64 == 0 and channels_out % 128 == 0:
+    if wide and channels_out % 128 == 0:
         return 128
-    return 96 if channels_in % 96 == 0 and channels_out % 96 == 0 else None
+    return 96 if operands.itemsize == 2 and channels_in % 96 == 0 and channels_out % 96 == 0 else None
 
 
-def has_form(channels_in: int, channels_out: int, device: torch.device) -> bool:
+def has_form(channels_in: int, channels_out: int, device: torch.device, operands: torch.dtype = torch.float16) -> bool:
     """Whether there is a form for these channels on this card."""
-    return columns_of(channels_in, channels_out) is not None and _ready(device)
+    return columns_of(channels_in, channels_out, operands) is not None and is_ready(device)
 
 
 def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -102,8 +105,8 @@ def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _ready(device: torch.device) -> bool:
-    """Whether a form compiles and loads; said once where it does not."""
+def is_ready(device: torch.device) -> bool:
+    """Whether this is a Hopper card on which a form compiles and loads; said once where it does not."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     reason = nvrtc.unavailable()
@@ -160,6 +163,22 @@ def conv(
     return _launch("direct", x, history, taps, bias, residual, out, sizes, statistics=statistics)
 
 
+def conv_quantized(
+    x: Tensor,
+    taps: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    statistics: bool = False,
+) -> Tensor:
+    """Into `out`: bordered pictures `x` `[N, I, H, W]` by `taps` `[O, 9 I]`, both e4m3, each channel of the sum times
+    its own of `scales`, fp32 `[O]`, before bias and residual are added."""
+    sizes = _Sizes(frames=x.shape[0], T=1, S=1, KT=1)
+    return _launch("direct", x, None, taps, bias, residual, out, sizes, scales=scales, statistics=statistics)
+
+
 def upsample_conv(x: Tensor, taps: Tensor, bias: Tensor | None, out: Tensor, *, statistics: bool = False) -> Tensor:
     """Into `out`, twice as high and wide as the bordered `x`, by `folded_taps` of the operands' dtype."""
     sizes = _Sizes(frames=bordered.geometry(x).frames, T=1, KT=1)
@@ -176,10 +195,12 @@ def _launch(
     out: Tensor,
     sizes: _Sizes,
     *,
+    scales: Tensor | None = None,
     statistics: bool = False,
 ) -> Tensor:
     place, channels, outputs = bordered.geometry(x), x.shape[1], out.shape[1]
-    columns, processors, phases = columns_of(channels, outputs), _processors(x.device), 2 if kind == "upsample" else 1
+    columns, phases = columns_of(channels, outputs, x.dtype), 2 if kind == "upsample" else 1
+    processors = _processors(x.device)
     assert columns is not None
     rows = Form(columns, kind, 2).rows
     sizes.across = -(-place.width // rows)
@@ -201,7 +222,7 @@ def _launch(
         *_identity(columns, out.dtype, x.device),
         x_maps[0] if kind == "upsample" else _lines(out) if kind == "lines" else _frames(out),
     )
-    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, memory, partials))
+    *pointers, scale = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (bias, memory, partials, scales))
     grid = min(sizes.tiles_m * sizes.tiles_n * sizes.frames * phases, processors)
     if _dispatch.tally is not None:  # by pairs as many as the direct convolution, for a rate that compares
         per_output = channels * (4 if kind == "upsample" else 9 * sizes.KT)
@@ -210,7 +231,7 @@ def _launch(
     with torch.cuda.device_of(x):
         kernel = _kernel(form, x.dtype, out.dtype, neighbours, outputs, card)
         threads, shared = 128 * (form.consumers + 1), form.shared(outputs)
-        nvrtc.launch(kernel, grid, threads, shared, (*maps, *pointers, sizes), card)
+        nvrtc.launch(kernel, grid, threads, shared, (*maps, *pointers, sizes, scale), card)
     if partials is not None:
         note(out, partials)
     return out
@@ -231,9 +252,9 @@ def _form(columns: int, kind: str, pixels: int, others: int, processors: int) ->
 
 
 def _rows(matrix: Tensor, box: int, tail: bool) -> tuple[TensorMap, TensorMap]:
-    """A matrix of dense rows in boxes of 64 columns, and of 32 where a step of K has a `tail` (else unread)."""
+    """A matrix of dense rows in boxes of 128 bytes, and of 64 where a step of K has a `tail` (else unread)."""
     sizes, strides = [matrix.shape[1], matrix.shape[0]], [matrix.stride(0)]
-    wide = TensorMap(matrix, sizes, strides, [64, box])
+    wide = TensorMap(matrix, sizes, strides, [128 // matrix.element_size(), box])
     return wide, TensorMap(matrix, sizes, strides, [32, box]) if tail else wide
 
 
@@ -265,17 +286,20 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _products(columns: int) -> str:
-    """wgmma m64 x columns x k16 of fp16 (false) and of bf16 (true), sums in `d`: one operand for each register."""
+    """wgmma m64 x columns of each of `OPERANDS`, 32 bytes deep, sums in `d`: one operand for each register."""
     registers = columns // 2
     names = ", ".join(f"%{i}" for i in range(registers))
     sums = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     head = (
         f"__device__ __forceinline__ void wgmma%s(float (&d)[{registers}], unsigned long long a, unsigned long long b)"
     )
-    text = [f"template <bool brain> {head % ''};"]
-    for brain, kind in (("false", "f16"), ("true", "bf16")):
-        product = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
-        operands = f"{{{names}}}, %{registers}, %{registers + 1}, 1, 1, 1, 0, 0;"
-        text.append(f"template <> {head % f'<{brain}>'} {{")
+    text = [f"template <int kind> {head % ''};"]
+    # The last immediates say that neither operand of 16 bits is transposed, which one of 8 bits cannot be.
+    for number, (kind, end) in enumerate(
+        (("k16.f32.f16.f16", ", 0, 0"), ("k16.f32.bf16.bf16", ", 0, 0"), ("k32.f32.e4m3.e4m3", ""))
+    ):
+        product = f"wgmma.mma_async.sync.aligned.m64n{columns}{kind}"
+        operands = f"{{{names}}}, %{registers}, %{registers + 1}, 1, 1, 1{end};"
+        text.append(f"template <> {head % f'<{number}>'} {{")
         text.append(f'  asm volatile("{product} {operands}" : {sums} : "l"(a), "l"(b)); }}')
     return "\n".join(text) + "\n"

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import _dispatch, bordered
 from ._dispatch import (
+    E4M3_MAX,
+    FP16_MAX,
+    LARGEST,
     LazyKernel,
     Signature,
     differentiates,
@@ -42,8 +45,9 @@ def reference(
     act: bool,
     per_frame: bool = False,
     dtype: torch.dtype | None = None,
+    gain: float | None = None,
 ) -> Tensor:
-    """The law: GroupNorm and SiLU in fp32 (fp64 for fp64), rounded once to `dtype`, by default x's."""
+    """The law: GroupNorm and SiLU in fp32 (fp64 for fp64), times `gain`, rounded once to `dtype`, by default x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     values = x.to(wide)
     if per_frame:
@@ -54,16 +58,19 @@ def reference(
         values = F.silu(values)
     if per_frame:
         values = values.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    if gain is not None:
+        values = values * gain
     return values.to(x.dtype) if dtype is None else rounded(values, dtype)
 
 
 @LazyKernel
 def _normalize(
     x, out, statistics, weight, bias, frames, groups, C, S, rows,
-    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s, ROW, FRAME, H, W,
+    stride_n, stride_t, stride_c, stride_s, out_n, out_t, out_c, out_s, ROW, FRAME, H, W, gain,
     BORDER: tl.constexpr, ACT: tl.constexpr, SATURATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """`BORDER`: what lies around the pictures, an index of `BORDERS`; None where nothing does."""
+    """`BORDER`: what lies around the pictures, an index of `BORDERS`; None where nothing does. `SATURATE`: the largest
+    number of the result's dtype, where a larger one is to become it."""
     batch = tl.program_id(2)
     start = tl.program_id(0) * rows
     limit = tl.minimum(rows, S - start)
@@ -92,8 +99,10 @@ def _normalize(
         value = (tl.load(place, mask=inside, other=0).to(tl.float32) - mean) * scale + shift
         if ACT:
             value = value / (1 + tl.exp(-value))
-        if SATURATE:
-            value = tl.clamp(value, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        if gain is not None:
+            value *= gain
+        if SATURATE is not None:
+            value = tl.clamp(value, -SATURATE, SATURATE, propagate_nan=tl.PropagateNan.ALL)
         if BORDER == 0:
             value = tl.where(is_picture(start + first + row, ROW, FRAME, H, W), value, 0.0)
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
@@ -110,9 +119,10 @@ def _launch(
     act: bool,
     per_frame: bool,
     dtype: torch.dtype | None,
+    gain: float | None,
 ) -> Tensor:
     if bordered.is_bordered(x) and x.numel():
-        return _launch_bordered(x, num_groups, weight, bias, eps, act, per_frame or x.dim() == 4, dtype)
+        return _launch_bordered(x, num_groups, weight, bias, eps, act, per_frame or x.dim() == 4, dtype, gain)
     out = empty_in_layout_of(x, dtype=dtype)
     if x.numel() == 0:
         return out
@@ -125,7 +135,7 @@ def _launch(
             _dispatch.tally("_normalize", 0, out.numel() * (x.element_size() + out.element_size()))
         _normalize[-(-S // rows), columns, batches](
             x, out, statistics, weight, bias, frames, num_groups, C, S, rows, *strides, *walk(out, per_frame).strides,
-            *layout(None), BORDER=None, ACT=act, SATURATE=dtype == torch.float16,
+            *layout(None), gain, BORDER=None, ACT=act, SATURATE=LARGEST.get(dtype),
             ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -140,6 +150,7 @@ def _launch_bordered(
     act: bool,
     each_frame: bool,
     dtype: torch.dtype | None,
+    gain: float | None,
 ) -> Tensor:
     """A bordered clip to a bordered clip: all pixels, border and all, are one axis.
 
@@ -160,8 +171,8 @@ def _launch_bordered(
             _dispatch.tally("_normalize", 0, out.numel() * (x.element_size() + out.element_size()))
         _normalize[-(-S // rows), columns, batches](
             source, target, statistics, weight, bias, frames, num_groups, C, S, rows, *strides,
-            *walk(target, False).strides, *layout(place),
-            BORDER=bordered.BORDERS.index(place.border), ACT=act, SATURATE=dtype == torch.float16,
+            *walk(target, False).strides, *layout(place), gain,
+            BORDER=bordered.BORDERS.index(place.border), ACT=act, SATURATE=LARGEST.get(dtype),
             ROWS=ROWS, COLS=COLS, num_warps=WARPS,
         )  # fmt: skip
     return bordered.view(bordered.pixels_of(out), x.shape, place.border, filled=True)
@@ -176,15 +187,17 @@ def _run(
     act: bool,
     per_frame: bool,
     dtype: torch.dtype | None = None,
+    gain: float | None = None,
 ) -> Tensor:
     if triton_available(x):
-        return _launch(x, num_groups, weight, bias, eps, act, per_frame, dtype)
-    return in_layout_of(x, reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype))
+        return _launch(x, num_groups, weight, bias, eps, act, per_frame, dtype, gain)
+    exact = reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype, gain=gain)
+    return in_layout_of(x, exact)
 
 
 _op = torch.library.custom_op("vae_accel::group_norm_act", _run, mutates_args=())
 _op.register_fake(
-    lambda x, num_groups, weight, bias, eps, act, per_frame, dtype=None: empty_in_layout_of(x, dtype=dtype)
+    lambda x, num_groups, weight, bias, eps, act, per_frame, dtype=None, gain=None: empty_in_layout_of(x, dtype=dtype)
 )
 
 
@@ -198,13 +211,15 @@ def group_norm_act(
     act: bool,
     per_frame: bool = False,
     dtype: torch.dtype | None = None,
+    gain: float | None = None,
 ) -> Tensor:
     """GroupNorm over `num_groups` groups of channels, then SiLU if `act`. `x` and the result are `[N, C, *spatial]`.
 
     Statistics run over all of `spatial`, or over each frame of `[N, C, T, H, W]` with `per_frame` (Mochi, Cosmos,
     Magvit). `weight` and `bias` are `[C]` in any floating dtype, or None. Arithmetic is fp32 with one rounding, to
-    `dtype` where one is given (fp16 saturates at its largest value), else to x's own. The result has x's layout,
-    channels-last or contiguous; anything else becomes the nearer of the two. Where autograd records,
+    `dtype` where one is given (fp16 and e4m3 saturate at their largest value), else to x's own; before it the result is
+    multiplied by `gain`, a power of two, if any. It has x's layout, channels-last or contiguous; anything else becomes
+    the nearer of the two. Where autograd records,
     the reference runs.
 
     Raises:
@@ -215,16 +230,18 @@ def group_norm_act(
     if per_frame and x.dim() != 5:
         raise ValueError(f"per_frame needs x as [N, C, T, H, W], got {tuple(x.shape)}")
     if differentiates(x, weight, bias):
-        return reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype)
+        return reference(x, num_groups, weight, bias, eps, act=act, per_frame=per_frame, dtype=dtype, gain=gain)
     run = _op if torch.compiler.is_compiling() else _run
-    return run(x, num_groups, weight, bias, eps, act, per_frame, dtype)
+    return run(x, num_groups, weight, bias, eps, act, per_frame, dtype, gain)
 
 
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     affine = {"x": "bf16", "out": "bf16", "statistics": "fp32", "weight": "fp32"}
-    flags = {"ACT": True, "SATURATE": True}
+    tile = {"bias": None, "ACT": True, "ROWS": TILE, "COLS": 1}
+    plain = {**tile, "SATURATE": FP16_MAX, "gain": None}
+    quantized = {**tile, "SATURATE": E4M3_MAX, "BORDER": 0}
     return [
-        signature(_normalize, affine, {"bias": None, **flags, "BORDER": border, "ROWS": TILE, "COLS": 1})
-        for border in range(len(bordered.BORDERS))
+        *(signature(_normalize, affine, {**plain, "BORDER": border}) for border in range(len(bordered.BORDERS))),
+        signature(_normalize, {**affine, "out": "fp8e4nv"}, quantized, only=("sm_90",)),
     ]

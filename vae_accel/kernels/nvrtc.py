@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vae_accel.settings import cache_directory
 
-_FP16, _BF16 = 6, 9  # CUtensorMapDataType
+_KINDS = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType; 0: bytes
 _WIDE, _NARROW = 3, 2  # CUtensorMapSwizzle, of rows of 128 and of 64 bytes
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -112,7 +112,7 @@ def _make_current(device: int) -> None:
 
 
 class TensorMap:
-    """How the copy engine sees 16-bit memory: `sizes` from the innermost dimension, dense, in boxes of `box`.
+    """How the copy engine sees memory of 8 or 16 bits: `sizes` from the innermost dimension, dense, in boxes of `box`.
 
     Strides are in elements, of all but the innermost. What a box reaches beyond a size is read as zeros and not
     written. A box's rows are of 64 or 128 bytes, and swizzled in shared memory as wgmma reads them.
@@ -122,10 +122,9 @@ class TensorMap:
         self._memory, self._x = ctypes.create_string_buffer(192), x  # which lives as long as its map
         self.at = (ctypes.addressof(self._memory) + 63) // 64 * 64
         rank, width = len(sizes), x.element_size()
-        kind = _BF16 if x.dtype == torch.bfloat16 else _FP16
         swizzle = _WIDE if box[0] * width == 128 else _NARROW
         error = _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(self.at), kind, rank, ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(self.at), _KINDS[x.dtype], rank, ctypes.c_void_p(x.data_ptr()),
             (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*(s * width for s in strides)),
             (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, swizzle, 2, 0,
         )  # fmt: skip

@@ -7,6 +7,8 @@ from vae_accel.rewrites.channels_last import ChannelsLast
 from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
+from vae_accel.rewrites.fp8_operands import OPT_IN as FP8_OPT_IN
+from vae_accel.rewrites.fp8_operands import Fp8Operands
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
 from vae_accel.rewrites.fused_linears import FusedLinears
@@ -35,6 +37,7 @@ class Cuda(Platform):
         Step(LatentChunks(), "on", "results"),
         Step(HalfDecode(), "off", OPT_IN),
         Step(FusedBlocks(proved=True), "on", "results"),
+        Step(Fp8Operands(), "off", FP8_OPT_IN),
         Step(CudaGraph(names=HALVES), "on", "results"),
     )
     encoder = (

@@ -19,5 +19,6 @@ NAMES = (
     "fused_blocks",
     "math_attention",
     "half_decode",
+    "fp8_operands",
     "cuda_graph",
 )
