@@ -9,14 +9,15 @@ from vae_accel.rewrites.cuda_graph import HALVES, CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
-from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.residual_norm import ResidualNorm
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
@@ -45,6 +46,7 @@ class Cuda(Platform):
         Step(PackedAttention(), "on", "results"),
         Step(PaddedMlp(), "on", "results"),
         Step(FusedElementwise(), "on", "results"),
-        Step(FusedLinears(), "off", "not measured yet"),
+        Step(JointProjections(), "on", "results"),
+        Step(ResidualNorm(), "on", "results"),
         Step(CudaGraph(), "on", "results"),
     )
