@@ -15,6 +15,7 @@ from vae_accel.platforms import Platform
 from vae_accel.platforms.base import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
@@ -32,6 +33,7 @@ class Everything(Platform):
         Step(BilinearPosEmbed(), "on", "test"),
         Step(PackedAttention(), "on", "test"),
         Step(PaddedMlp(), "on", "test"),
+        Step(JointProjections(), "on", "test"),
         Step(FusedElementwise(), "on", "test"),
         Step(ResidualNorm(), "on", "test"),
     )

@@ -18,6 +18,7 @@ from vae_accel.platforms import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.cuda_graph import CudaGraph, graphs_of
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
@@ -31,6 +32,7 @@ BENEATH = (
     BilinearPosEmbed(),
     PackedAttention(),
     PaddedMlp(),
+    JointProjections(),
     FusedElementwise(),
     ResidualNorm(),
 )
