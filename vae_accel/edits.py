@@ -137,7 +137,8 @@ class Pen:
         module = self._root.get_submodule(path)
         holder, key = _held(module, name, self._ledger) or (module.__dict__, name)
         old = holder.get(key)
-        below = _bound(module, name) if old is None else old
+        # Not the bound method, which pickle finds by its name: by then that is the instance's, this function over again.
+        below = functools.partial(getattr(type(module), name), module) if old is None else old
         new = functools.partial(function, module, below, *facts)
         holder[key] = new
         self._ledger.edits.append(Edit(self._by, path, name, "method", old, new))
