@@ -137,7 +137,7 @@ class Pen:
         module = self._root.get_submodule(path)
         holder, key = _held(module, name, self._ledger) or (module.__dict__, name)
         old = holder.get(key)
-        # Not the bound method, which pickle finds by its name: by then that is the instance's, this function over again.
+        # Not the bound method, which pickle finds by its name: that may be the instance's by then, itself again.
         below = functools.partial(getattr(type(module), name), module) if old is None else old
         new = functools.partial(function, module, below, *facts)
         holder[key] = new
