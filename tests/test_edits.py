@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.snapshots import assert_identical, snapshot
 from vae_accel.edits import Ledger, Pen, SlotTaken, unusable_weight
-from vae_accel.storage import padded
+from vae_accel.storage import are_joined, is_part, joint, padded
 
 
 def doubled(module, below, *args):
@@ -313,6 +313,48 @@ def test_hooks_on_hooks(first, second):
     assert torch.equal(layer(X), stock * 2 + 99.5)
     ledger.undo(root)
     assert torch.equal(layer(X), stock + 99.5)
+
+
+def counted(module, below, ledger, x):
+    return below(x) * 2
+
+
+def test_pickled_methods_that_hold_their_ledger_call_the_class():
+    """Which leads to the other modules that it lists, before pickle has come to these."""
+    root = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    ledger = root.__dict__["_vae_accel"] = Ledger()
+    pen = Pen(root, ledger, "counts")
+    for path in ("0", "1"):
+        pen.method(path, "forward", counted, ledger)
+    want = root(X)
+    for other in (pickle.loads(pickle.dumps(root)), copy.deepcopy(root)):
+        assert torch.equal(other(X), want)
+
+
+def test_parameters_side_by_side():
+    root = nn.Sequential(nn.Linear(5, 3), nn.Linear(5, 4)).requires_grad_(False)
+    before, ledger = snapshot(root), Ledger()
+    weights = [root[0].weight, root[1].weight]
+    whole = torch.cat(weights)
+    Pen(root, ledger, "joins").join(("0", "1"), "weight")
+    assert are_joined(weights) and torch.equal(joint(root, "weight"), whole)
+    assert joint(root, "weight").data_ptr() == weights[0].data_ptr()
+    with pytest.raises(SlotTaken, match="weight is owned by joins"):
+        Pen(root, ledger, "other").join(("1", "0"), "weight")
+    weights[1].data *= 2
+    assert torch.equal(joint(root, "weight")[3:], whole[3:] * 2)
+    weights[1].data *= 0.5
+    apart = copy.deepcopy(root)
+    assert not are_joined([apart[0].weight, apart[1].weight]) and torch.equal(joint(apart, "weight"), whole)
+    assert joint(root.double(), "weight").dtype == torch.float64
+    ledger.undo(root.float())
+    ledger.redo(root)
+    assert are_joined(weights)
+    ledger.undo(root)
+    assert not any(map(is_part, weights))
+    assert_identical(root, before)
+    root[0].to("meta")
+    assert joint(root, "weight") is None
 
 
 def test_weights_that_cannot_be_read_are_named():

@@ -77,9 +77,10 @@ class Kind:
 
 LINEAR, METADATA = ("patch_embed_as_linear",), ("vision_metadata",)
 BOTH = LINEAR + METADATA
-LAYERS = ("fused_linears",)
-QWEN2 = (*BOTH, "packed_attention", "fused_elementwise", *LAYERS)
-WINDOWED = (*BOTH, "packed_attention", "padded_mlp", "fused_elementwise", *LAYERS)
+LAYERS = ("fused_elementwise", "residual_norm")
+IMAGES = ("joint_projections", *LAYERS)
+QWEN2 = (*BOTH, "packed_attention", *LAYERS)
+WINDOWED = (*BOTH, "packed_attention", "padded_mlp", *LAYERS)
 QWEN25 = {"text_encoder": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2.5-vl")}
 SIGLIP, CLIP = TOWERS["siglip"], TOWERS["clip"]
 QWEN_IMAGE, WAN, HUNYUAN = (VAES[id].build for id in ("qwen-image", "wan2.1", "hunyuan-video"))
@@ -145,7 +146,7 @@ KINDS = (
         "vision_language_encoder",
         "model.visual",
         TOWERS["glm-image"],
-        BOTH,
+        (*BOTH, "fused_elementwise"),
         ("text_encoder",),
     ),
     Kind(
@@ -154,7 +155,7 @@ KINDS = (
         "text_encoder",
         "model.vision_tower",
         CLIP,
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
         ("text_encoder_2",),
     ),
     Kind(
@@ -168,7 +169,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
         ("text_encoder", "text_encoder_2"),
     ),
     Kind(
@@ -177,7 +178,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
         ("text_encoder",),
     ),
     Kind(
@@ -186,7 +187,7 @@ KINDS = (
         "image_encoder",
         "",
         CLIP,
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
         ("text_encoder",),
     ),
     Kind(
@@ -195,7 +196,7 @@ KINDS = (
         "image_encoder",
         "",
         SIGLIP,
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
         ("text_encoder", "text_encoder_2"),
     ),
     Kind(
@@ -208,7 +209,7 @@ KINDS = (
         "siglip",
         "",
         TOWERS["siglip2"],
-        METADATA + LAYERS,
+        METADATA + IMAGES,
         ("text_encoder",),
     ),
     Kind(
@@ -217,7 +218,7 @@ KINDS = (
         "image_encoder",
         "",
         TOWERS["clip-projection"],
-        LINEAR + LAYERS,
+        LINEAR + IMAGES,
     ),
 )
 

@@ -15,11 +15,12 @@ from vae_accel.platforms import Platform
 from vae_accel.platforms.base import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
-from vae_accel.rewrites.fused_linears import FusedLinears
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.residual_norm import ResidualNorm
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 
@@ -32,8 +33,9 @@ class Everything(Platform):
         Step(BilinearPosEmbed(), "on", "test"),
         Step(PackedAttention(), "on", "test"),
         Step(PaddedMlp(), "on", "test"),
+        Step(JointProjections(), "on", "test"),
         Step(FusedElementwise(), "on", "test"),
-        Step(FusedLinears(), "on", "test"),
+        Step(ResidualNorm(), "on", "test"),
     )
 
 

@@ -95,6 +95,7 @@ def test_towers_are_proved_by_their_embeddings():
     tower = dataclasses.replace(tower, config=shallow)
     proof = verify.verify(tower, tower.tiny(), device="cpu", platform="cuda", each=False)
     taken = {"patch_embed_as_linear": 1, "vision_metadata": 1, "bilinear_pos_embed": 1, "packed_attention": 2}
+    taken |= {"fused_elementwise": 6, "residual_norm": 2}
     assert proof.green and proof.rewrites == taken
     assert all(line.ours.min_cosine > 0.999 for line in proof.lines)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vae_accel.storage import is_laid_out, is_padded, pad, restride, shrink, strides_in
+from vae_accel.storage import is_laid_out, is_padded, is_part, join_stored, pad, restride, shrink, stored, strides_in
 
 LEDGER = "_vae_accel"
 
@@ -25,8 +25,9 @@ class SlotTaken(RuntimeError):
 
 @dataclass
 class Edit:
-    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout, and for a
-    parameter that is padded the shape it has room for (None: its own)."""
+    """One change: `old` and `new` are functions for a method slot (None: the class's), strides for a layout, for a
+    parameter that is padded the shape it has room for (None: its own), and for one that is joined the paths of all the
+    modules whose parameters of that name lie side by side (None: it lies by itself)."""
 
     by: str
     path: str
@@ -139,7 +140,8 @@ class Pen:
         module = self._root.get_submodule(path)
         holder, key = _held(module, name, self._ledger) or (module.__dict__, name)
         old = holder.get(key)
-        below = _bound(module, name) if old is None else old
+        # Not the bound method, which pickle finds by its name: that may be the instance's by then, itself again.
+        below = functools.partial(getattr(type(module), name), module) if old is None else old
         new = functools.partial(function, module, below, *facts)
         holder[key] = new
         self._ledger.edits.append(Edit(self._by, path, name, "method", old, new))
@@ -150,7 +152,7 @@ class Pen:
         A layout instead of a second tensor: it cannot go stale, and it costs no memory.
         """
         self._claim(path, name)
-        parameter = _stored(self._root.get_submodule(path), name)
+        parameter = stored(self._root.get_submodule(path), name)
         if parameter is None:
             return
         old = parameter.stride()
@@ -164,11 +166,21 @@ class Pen:
         What is written to it in place lands in its corner. A copy of it is dense, until `padded` is asked again.
         """
         self._claim(path, name)
-        parameter = _stored(self._root.get_submodule(path), name)
+        parameter = stored(self._root.get_submodule(path), name)
         if parameter is None:
             return
         pad(parameter, shape)
         self._ledger.edits.append(Edit(self._by, path, name, "padded", None, shape))
+
+    def join(self, paths: tuple[str, ...], name: str) -> None:
+        """Stores the contiguous parameters `name` of several modules side by side, which `joint` gives as one.
+
+        What is written to them in place lands there. Copies of them lie apart, until `joint` is asked again.
+        """
+        for path in paths:
+            self._claim(path, name)
+        if join_stored([self._root.get_submodule(path) for path in paths], name):
+            self._ledger.edits += [Edit(self._by, path, name, "joined", None, paths) for path in paths]
 
     def rollback(self) -> None:
         for edit in reversed(self._ledger.edits[self._start :]):
@@ -195,13 +207,15 @@ def obstacle(root: nn.Module, ledger: Ledger, path: str, slot: str, over: tuple[
     return None
 
 
-def carries_ours(module: nn.Module, name: str = "forward") -> bool:
-    """Whether a call of the method still reaches a function of this package, itself or through a hook that wraps it.
+def is_unseen(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module is not called: no hooks, and a forward that is its class's or ours.
 
-    Not so on a module that was exchanged since, or whose method somebody replaced.
+    Its parameters are then where they are to be; those of an offloaded module come in its call, by a hook.
     """
-    functions = (getattr(holder.get(key), "func", None) for holder, key in _holders(module, name))
-    return any(getattr(f, "__module__", "").startswith(f"{__package__}.") for f in functions if f is not None)
+    replaced = getattr(vars(module).get("forward"), "func", None)
+    ours = getattr(replaced, "__module__", "").startswith(f"{__package__}.")
+    hooked = module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module)
+    return not hooked and (ours or "forward" not in vars(module)) and "_diffusers_hook" not in vars(module)
 
 
 def unusable_weight(module: nn.Module, name: str = "weight") -> str | None:
@@ -282,7 +296,7 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
     """Replaces `present` by `wanted` in a slot."""
     if edit.kind != "method":
         module = _submodule(root, edit.path)
-        parameter = None if module is None else _stored(module, edit.slot)
+        parameter = None if module is None else stored(module, edit.slot)
         if parameter is None:
             return
         if edit.kind == "layout" and is_laid_out(parameter, present):
@@ -290,6 +304,10 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
         elif edit.kind == "padded" and wanted is not None:
             pad(parameter, wanted)
         elif edit.kind == "padded" and is_padded(parameter, present):
+            shrink(parameter)
+        elif edit.kind == "joined" and wanted is not None:
+            join_stored([_submodule(root, path) for path in wanted], edit.slot)
+        elif edit.kind == "joined" and is_part(parameter):
             shrink(parameter)
         return
     place = _locate(root, edit, present)
@@ -303,12 +321,3 @@ def _put(root: nn.Module, edit: Edit, present: Any, wanted: Any) -> None:
         holder.pop(key, None)
     else:  # a hook wrapped the module after us: it keeps calling, now the class's own
         holder[key] = _bound(module, edit.slot)
-
-
-def _stored(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, or while it is on meta what accelerate's sequential offload keeps of it; None if nothing."""
-    parameter = module._parameters.get(name)
-    if parameter is None or parameter.device.type != "meta":
-        return parameter
-    kept = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
-    return None if kept is None else kept[name]

@@ -1,12 +1,14 @@
-"""How a parameter lies in memory: the order of its dimensions, and the room that larger zeros around it leave.
+"""How a parameter lies in memory: the order of its dimensions, the room that larger zeros around it leave, and others
+beside it.
 
-Written by the pen and its ledger (edits.py) alone, and by `padded`, which keeps what the pen wrote.
+Written by the pen and its ledger (edits.py) alone, and by `padded` and `joint`, which keep what the pen wrote.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,42 @@ def padded(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor | Non
     is on meta, quantized or computed by a parametrization, or a graph is being captured, whose memory is not to keep.
     """
     parameter = module._parameters.get(name)
-    if parameter is None or parameter.is_meta or type(parameter.data) is not Tensor:
+    if not _is_plain(parameter):
         return None
     if not is_padded(parameter, shape):
-        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(parameter):
             return None
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             pad(parameter, shape)
     return parameter.detach().as_strided(shape, contiguous(shape))
+
+
+def joint(modules: Sequence[nn.Module], name: str) -> Tensor | None:
+    """Parameters `name` of several modules that `Pen.join` stored side by side, as one: [sum of their rows, ...].
+
+    To be asked for where a call of each module would find its own as it is. Copied since, they are joined again, and
+    None is where `padded` gives it.
+    """
+    stored = [module._parameters.get(name) for module in modules]
+    parameters = [parameter for parameter in stored if _is_plain(parameter)]
+    first = parameters[0] if len(parameters) == len(modules) else None
+    if first is None or any((p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
+        return None
+    if not are_joined(parameters):
+        if _is_capturing(first):
+            return None
+        with torch.inference_mode(first.is_inference()), torch.no_grad():
+            join(parameters)
+    whole = (sum(map(len, parameters)), *first.shape[1:])
+    return first.detach().as_strided(whole, contiguous(whole))
+
+
+def _is_plain(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    return parameter is not None and not parameter.is_meta and type(parameter.data) is Tensor
+
+
+def _is_capturing(parameter: Tensor) -> bool:
+    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def strides_in(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
@@ -72,6 +102,50 @@ def pad(parameter: Tensor, shape: tuple[int, ...]) -> None:
     parameter.data = corner.copy_(data)
 
 
+def stored(module: nn.Module | None, name: str) -> Tensor | None:
+    """A parameter, or while it is on meta what accelerate's sequential offload keeps of it; None if nothing."""
+    parameter = None if module is None else module._parameters.get(name)
+    if module is None or parameter is None or parameter.device.type != "meta":
+        return parameter
+    kept = getattr(module.__dict__.get("_hf_hook"), "weights_map", None)
+    return None if kept is None else kept[name]
+
+
+def join_stored(modules: Sequence[nn.Module | None], name: str) -> bool:
+    """Moves what is stored of parameters `name` side by side; False where some are gone or differ in kind by now."""
+    found = [stored(module, name) for module in modules]
+    parameters = [parameter for parameter in found if parameter is not None]
+    if len(parameters) < len(found) or len({(p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1:
+        return False
+    join(parameters)
+    return True
+
+
+def are_joined(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters are all of a storage, one after the other along their first dimension."""
+    begin, storage = 0, parameters[0].untyped_storage()
+    for parameter in parameters:
+        here = parameter.untyped_storage().data_ptr() == storage.data_ptr() and parameter.storage_offset() == begin
+        if not here or not is_laid_out(parameter, contiguous(parameter.shape)):
+            return False
+        begin += parameter.numel()
+    return storage.nbytes() == begin * parameters[0].element_size()
+
+
+def join(parameters: Sequence[Tensor]) -> None:
+    """Moves parameters of one dtype and device side by side."""
+    if are_joined(parameters):
+        return
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, data in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = data
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether a parameter's storage holds more than it."""
+    return parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size()
+
+
 def shrink(parameter: Tensor) -> None:
-    """Takes `pad` back."""
+    """Takes `pad`, or `join` of one parameter, back."""
     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

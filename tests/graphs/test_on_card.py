@@ -18,10 +18,11 @@ from vae_accel.platforms import Step
 from vae_accel.rewrites.bilinear_pos_embed import BilinearPosEmbed
 from vae_accel.rewrites.cuda_graph import CudaGraph, graphs_of
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
-from vae_accel.rewrites.fused_linears import FusedLinears
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.residual_norm import ResidualNorm
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -31,8 +32,9 @@ BENEATH = (
     BilinearPosEmbed(),
     PackedAttention(),
     PaddedMlp(),
+    JointProjections(),
     FusedElementwise(),
-    FusedLinears(),
+    ResidualNorm(),
 )
 each_tower = pytest.mark.parametrize("tower", PACKED, ids=lambda t: t.id)
 WIDE_IMAGE = (1, 52, 92)  # 1280x720 in patches of 14: 1196 tokens, which vllm#57136 ran in a budget of 2048

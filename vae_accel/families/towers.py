@@ -1,4 +1,5 @@
-"""Vision towers of transformers that take all their images as one packed sequence, and what each takes precomputed.
+"""Vision towers of transformers: those that take all their images as one packed sequence, and what each takes
+precomputed; by name, those of images of one size.
 
 transformers derives position ids, segments, windows and interpolation taps from `grid_thw` in every forward, on the
 device, by loops that read it back. Late versions take each of them as a keyword argument instead (seen in 5.17 and
@@ -13,7 +14,7 @@ needs (Kimi-K2.5, Muse) is left to that child.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
@@ -68,6 +69,14 @@ class Packing:
     resampling: Resampling | None
     mode: str
     longest: bool
+
+
+def inside(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What lies in the vision towers of `root`, by path: no module of a language model or text encoder beside."""
+    outer = [path for path, module in root.named_modules() if known_as(module, NAMES) is not None]
+    for path, module in root.named_modules():
+        if any(not tower or path.startswith(f"{tower}.") for tower in outer):
+            yield path, module
 
 
 def row_of(module: nn.Module) -> PackedTower | None:
@@ -236,6 +245,19 @@ ROWS: dict[str, PackedTower] = {
     "MuseSparkVisionModel": _MUSE,
     "MuseGlimmerVisionModel": _MUSE,
 }
+
+# Towers of images of one size, or of rows padded to one length, outermost first.
+IMAGES = (
+    "CLIPVisionModelWithProjection",
+    "CLIPVisionModel",
+    "CLIPVisionTransformer",
+    "SiglipVisionModel",
+    "SiglipVisionTransformer",
+    "Siglip2VisionModel",
+    "Siglip2VisionTransformer",
+    "Dinov2Model",
+)
+NAMES = (*IMAGES, *ROWS)
 
 # Towers whose forward, before it took metadata, made do with a grid on the host.
 ON_HOST = (

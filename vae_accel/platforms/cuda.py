@@ -11,14 +11,15 @@ from vae_accel.rewrites.fp8_operands import OPT_IN as FP8_OPT_IN
 from vae_accel.rewrites.fp8_operands import Fp8Operands
 from vae_accel.rewrites.fused_blocks import FusedBlocks
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
-from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.latent_chunks import LatentChunks
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.residual_norm import ResidualNorm
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
@@ -48,6 +49,7 @@ class Cuda(Platform):
         Step(PackedAttention(), "on", "results"),
         Step(PaddedMlp(), "on", "results"),
         Step(FusedElementwise(), "on", "results"),
-        Step(FusedLinears(), "off", "not measured yet"),
+        Step(JointProjections(), "on", "results"),
+        Step(ResidualNorm(), "on", "results"),
         Step(CudaGraph(), "on", "results"),
     )

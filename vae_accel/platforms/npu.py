@@ -7,6 +7,7 @@ from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
@@ -36,5 +37,6 @@ class Npu(Platform):
         Step(VisionMetadata(), "off", UNMEASURED),
         Step(PackedAttention(), "off", UNMEASURED),
         Step(PaddedMlp(), "off", UNMEASURED),
+        Step(JointProjections(), "off", UNMEASURED),
         Step(CudaGraph(), "off", "CUDA graphs are for NVIDIA cards"),
     )

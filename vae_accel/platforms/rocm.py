@@ -8,14 +8,15 @@ from vae_accel.rewrites.conv3d_as_conv2d import Conv3dAsConv2d
 from vae_accel.rewrites.cuda_graph import CudaGraph
 from vae_accel.rewrites.folded_upsample import FoldedUpsample
 from vae_accel.rewrites.fused_elementwise import FusedElementwise
-from vae_accel.rewrites.fused_linears import FusedLinears
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
 from vae_accel.rewrites.half_decode import OPT_IN, HalfDecode
+from vae_accel.rewrites.joint_projections import JointProjections
 from vae_accel.rewrites.math_attention import MathAttention
 from vae_accel.rewrites.native_reshape import NativeReshape
 from vae_accel.rewrites.packed_attention import PackedAttention
 from vae_accel.rewrites.padded_mlp import PaddedMlp
 from vae_accel.rewrites.patch_embed_as_linear import PatchEmbedAsLinear
+from vae_accel.rewrites.residual_norm import ResidualNorm
 from vae_accel.rewrites.single_frame_conv import SingleFrameConv
 from vae_accel.rewrites.vision_metadata import VisionMetadata
 
@@ -45,6 +46,7 @@ class Rocm(Platform):
         Step(PackedAttention(), "off", UNMEASURED),
         Step(PaddedMlp(), "off", UNMEASURED),
         Step(FusedElementwise(), "off", UNMEASURED),
-        Step(FusedLinears(), "off", UNMEASURED),
+        Step(JointProjections(), "off", UNMEASURED),
+        Step(ResidualNorm(), "off", UNMEASURED),
         Step(CudaGraph(), "off", f"{UNMEASURED}: graphs of HIP"),
     )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vae_accel.edits import Ledger, Pen, ledger_of, obstacle
+from vae_accel.families import towers
 from vae_accel.families.match import estranged, known_as
 from vae_accel.graphs import packed
 from vae_accel.graphs.capture import Capture, Cuda
@@ -25,17 +26,6 @@ from vae_accel.graphs.store import Graphs, Limits
 from vae_accel.rewrite import Rewrite, Site, Tier
 from vae_accel.settings import Settings
 
-# Towers of images of one size; those of packed images are packed.ROWS. The outermost module of these names is taken.
-IMAGES = (
-    "CLIPVisionModelWithProjection",
-    "CLIPVisionModel",
-    "CLIPVisionTransformer",
-    "SiglipVisionModel",
-    "SiglipVisionTransformer",
-    "Siglip2VisionModel",
-    "Siglip2VisionTransformer",
-    "Dinov2Model",
-)
 # Halves of VAEs, of one image or tile a call: of Wan's and Qwen-Image's those that carry no frames to a next step.
 HALVES = (
     "Encoder",
@@ -59,7 +49,7 @@ class CudaGraph(Rewrite):
     tier = Tier.EXACT
     over = ("vision_metadata", "bilinear_pos_embed", "channels_last")
 
-    names: tuple[str, ...] = (*IMAGES, *packed.ROWS)
+    names: tuple[str, ...] = towers.NAMES
     limits: Limits = field(default_factory=Limits)
     capture: Capture = field(default_factory=Cuda)
 

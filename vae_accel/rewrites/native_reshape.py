@@ -102,7 +102,7 @@ def method(module: nn.Module, below: Any, names: tuple[str, ...], *args: Any, **
     """A method of `module`, its code run in a namespace where einops is compiled. `names` are the globals it reads."""
     if torch.compiler.is_compiling():
         return below(*args, **kwargs)
-    stock = below.__func__
+    stock = below.func
     live, native = stock.__globals__, _replacements()
     scope = {name: native.get(id(live[name]), live[name]) for name in names if name in live}
     function = types.FunctionType(stock.__code__, scope, stock.__name__, stock.__defaults__, stock.__closure__)

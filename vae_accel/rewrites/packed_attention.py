@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from vae_accel.edits import Ledger, Pen, ledger_of, obstacle
 from vae_accel.families import packed_attention as family
 from vae_accel.families import segments
-from vae_accel.families.linears import added
 from vae_accel.families.segments import Segments
 from vae_accel.kernels import segment_attention as kernel
 from vae_accel.kernels.rotary import rotary
@@ -66,15 +65,11 @@ def forward(
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     *args: Any,
-    residual: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`forward(hidden_states [L, C], cu_seqlens [segments + 1], position_embeddings=(cos, sin) [L, D])`: [L, C].
-
-    Plus a `residual` [L, C], which only `fused_linears` passes, whose layers add it in the projection.
-    """
+    """`forward(hidden_states [L, C], cu_seqlens [segments + 1], position_embeddings=(cos, sin) [L, D])`: [L, C]."""
     if torch.compiler.is_compiling() or hidden_states.is_meta:
-        return _sum(below(hidden_states, cu_seqlens, *args, **kwargs), residual)
+        return below(hidden_states, cu_seqlens, *args, **kwargs)
     found = None if "flash" in family.implementation(attention) else segments.of(cu_seqlens)
     angles: Any = None if args else kwargs.get("position_embeddings")
     reason = _unproved(attention, hidden_states, found, angles, kwargs)
@@ -84,7 +79,7 @@ def forward(
     if form is None or found is None:
         ledger.count(PackedAttention.name, f"layers left to stock: {reason or f'a bucket in {hidden_states.dtype}'}")
         ends = cu_seqlens if found is None else _on_the_host(cu_seqlens, found)
-        return _sum(below(hidden_states, ends, *args, **kwargs), residual)
+        return below(hidden_states, ends, *args, **kwargs)
     ledger.count(PackedAttention.name, form.value)
     cos, sin = angles
     length, scale = len(hidden_states), attention.scaling
@@ -98,12 +93,7 @@ def forward(
             out = _varlen(q, k, qkv[:, 2], cu_seqlens, found.longest, scale)
         else:
             out = by_runs(q, k, qkv[:, 2], found.runs(), scale)
-    out = out.reshape(length, -1)
-    return attention.proj(out) if residual is None else added(attention.proj, out, residual)
-
-
-def _sum(out: Tensor, residual: Tensor | None) -> Tensor:
-    return out if residual is None else residual + out
+    return attention.proj(out.reshape(length, -1))
 
 
 def _unproved(
