@@ -43,7 +43,13 @@ FORMS = {
     "two products": of_clip(TWO, out=48),
     "pairs of pixels": of_clip(out=96),
     "thin": (lambda *a: thin_conv(*a, before=2), lambda *a: reference(*a, padding=(1, 1), before=2), {"out": 3}),
+    "1x1": (conv, reference, {"kernel": (1, 1, 1), "channels": 200, "out": 200}),
     "upsampling": (upsample_conv, upsample_reference, {"kernel": (3, 3)}),
+    "upsampling in time": (
+        lambda *a: bordered.dense(upsample_conv(*a, double=True, space="replicate")),  # whose border is open
+        lambda *a: upsample_reference(*a, double=True, space="replicate"),
+        {},
+    ),
 }
 each_form = pytest.mark.parametrize("form", FORMS)
 
@@ -53,7 +59,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 def test_nearer_to_fp64_than_tf32(device, form, size):
     ours, law, more = FORMS[form]
     x, weight, bias = given(device, size=size, **more)
-    assert unsupported(x, weight, (1, 1)) is None or form == "thin"
+    assert unsupported(x, weight, tuple(k // 2 for k in weight.shape[-2:])) is None or form == "thin"
     golden = law(x.double(), weight.double(), None)
     out, stock = ours(x, weight, None), law(tf32(x).double(), tf32(weight).double(), None)
     assert out.dtype == FP32 and out.shape == golden.shape
@@ -61,6 +67,36 @@ def test_nearer_to_fp64_than_tf32(device, form, size):
     assert error(out, golden) <= NEARER * error(stock, golden)
     with_bias = ours(x, weight, bias)
     assert_close(with_bias / size, (out.double() + bias.double().view(-1, *[1] * (out.dim() - 2))) / size)
+
+
+@each_form
+def test_the_second_term_takes_the_rounding_of_weights_away(device, form, monkeypatch):
+    """Of output channels 1e-3 to 1e1 in size, each by itself; what a norm wrote in fp16 is then multiplied exactly."""
+    ours, law, more = FORMS[form]
+    x, weight, _ = given(device, **more)
+    weight *= torch.logspace(-3, 1, weight.shape[0], device=device).view(-1, *[1] * (weight.dim() - 1))
+
+    def off(x, weight):
+        golden = law(x.double(), weight.double(), None)
+        size = golden.std([d for d in range(golden.dim()) if d != 1], keepdim=True)
+        return error(ours(x, weight, None).double() / size, golden / size)
+
+    two, exact = off(x, weight), off(x.half(), weight)
+    assert off(x.half(), weight * 10 ** (torch.rand_like(weight) * 9 - 6)) < 2e-6  # 1e-6 to 1e3 beside each other
+    monkeypatch.setattr(half_operands, "TERMS", 1)
+    assert two < 0.8 * off(x, weight)
+    assert exact < 2e-6 < 1e-4 < off(x.half(), weight)
+
+
+def test_two_terms_hold_a_weight():
+    """To 2^-22 of itself, or 2^-36 of the largest."""
+    weight = torch.cat((torch.logspace(-12, 3, 100_000) * torch.randn(100_000), torch.zeros(8))).view(8, -1)
+    scale = scaled(torch.zeros(1, 8, 1, 1).half(), None, weight)
+    terms = in_terms(scale[2], torch.float16, 2).double() * float(scale[3])
+    first, second = terms.chunk(2, 1)
+    off = (first + second - weight.double()).abs()
+    assert torch.equal(first.float(), scale[2].half() * scale[3])
+    assert (off <= (2.0**-22 * weight.double().abs()).clamp_min(2.0**-36 * float(weight.abs().max()))).all()
 
 
 @each_form

@@ -39,7 +39,8 @@ def _conv(
     KB: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr,
     DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, TERMS, taps, KB DEPTH]. `out`: [frames, FRAME, channels].
+    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, TERMS, taps, KB DEPTH]. `out`: [frames, FRAME,
+    channels].
 
     A sample has T frames, of `x` S, of `history` K. With `REPEAT` the first and the last stand for those beyond them.
     """
@@ -265,8 +266,9 @@ def signatures() -> list[Signature]:
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
     in_two = tile_of(192, 192, 27, 2)
-    of_fp32 = {"x": in_two.pixels("fp16"), "history": in_two.pixels("fp16"), "w": in_two.taps("fp16"), "partials": "fp32"}
-    of_fp32 |= {"w2": in_two.taps("fp16", in_two.more), "bias": "fp32", "unit": "fp32", "head": "fp32"}
+    of_fp32 = dict.fromkeys(("bias", "unit", "partials", "head"), "fp32")
+    of_fp32 |= dict.fromkeys(("x", "history"), in_two.pixels("fp16"))
+    of_fp32 |= {"w": in_two.taps("fp16"), "w2": in_two.taps("fp16", in_two.more)}
     for name in ("residual", "out"):
         of_fp32 |= {name: in_two.frames("fp32"), f"{name}2": in_two.frames("fp32", in_two.more)}
     least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16"), "head": "fp16"}

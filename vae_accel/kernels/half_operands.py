@@ -83,8 +83,8 @@ def in_terms(matrix: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
 
 
 def scaled(x: Tensor, history: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Operands beside an fp32 `weight` so that fp16 holds them: `x` and `history` bordered in fp16, or as they are where
-    a norm wrote `x` in fp16; `weight` still to be rounded.
+    """Operands beside an fp32 `weight` so that fp16 holds them: `x` and `history` bordered in fp16, or as they are
+    where a norm wrote `x` in fp16; `weight` still to be rounded.
 
     The fourth is what the sum of products is to be multiplied by, one number in fp32.
     """

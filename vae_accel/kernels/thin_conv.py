@@ -35,7 +35,7 @@ def _products(
     BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: [pixels, C]. `w`: [COLS, TERMS KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, the border with it.
+    """`x`, `history`: [pixels, C]. `w`: [COLS, TERMS KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, with the border.
 
     `REPEAT` and the numbers of frames as in `conv`.
     """

@@ -75,7 +75,7 @@ def _upsample_conv(
     NEIGHBOURS: tl.constexpr, KT: tl.constexpr, DOUBLE: tl.constexpr, KB: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [phases O, TERMS KT 2 KB DEPTH]. `out`: its pixels.
+    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [phases O, TERMS KT 2 KB DEPTH]. `out`: pixels.
 
     A sample has T frames of `x`, the first of which stands in front of itself. Of the border, the pixel behind each row
     of the small picture and the row below it are zeros that go where theirs would: to the right of the large one, and
@@ -129,13 +129,14 @@ def _upsample_conv(
 
 
 def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int, double: bool = False, terms: int = 1) -> Tensor:
-    """`[phases O, terms * taps in time * 2 * padded run]` of `[O, I, (3,) 3, 3]`: the taps of each phase, summed in fp32
-    and rounded once, or in two terms."""
+    """`[phases O, terms * taps in time * 2 * padded run]` of `[O, I, (3,) 3, 3]`: the taps of each phase, summed in
+    fp32 and rounded once, or in two terms."""
     o, c = weight.shape[:2]
     taps = (weight if weight.dim() == 5 else weight.unsqueeze(2)).movedim(1, -1)
     taps = taps if taps.stride(-1) == 1 else taps.contiguous()
     run, kt = -(-2 * c // depth) * depth, 2 if double else taps.shape[1]
-    out = torch.empty(((8 if double else 4) * o, kt * 2 * run), dtype=torch.float32 if terms == 2 else dtype, device=weight.device)
+    folded = torch.float32 if terms == 2 else dtype
+    out = torch.empty(((8 if double else 4) * o, kt * 2 * run), dtype=folded, device=weight.device)
     with torch.cuda.device_of(weight):
         _fold[(-(-out.numel() // 1024),)](
             taps, out, out.numel(), o, c, run, *taps.stride()[:4], TAPS=taps.shape[1], KT=kt, BLOCK=1024, num_warps=4
