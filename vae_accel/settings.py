@@ -36,9 +36,8 @@ class _Variables(BaseSettings):
     bf16: bool = Field(
         False, description="run the rewritten convolutions in bf16 inside a higher-precision model (lowered)"
     )
-    # Its error is up to 1.07 of stock's on an H100, see kernels/half_operands.py.
     half_operands: bool = Field(
-        False, description="fp32 models: fused_blocks on fp16 operands where stock multiplies in TF32, for the process"
+        True, description="fp32 models: fused_blocks on fp16 operands where stock multiplies in TF32, for the process"
     )
     tiles: str = Field(
         "auto", description="what `vae-accel tune` found; auto: vae-accel/tiles.json in the user's cache directory"

@@ -1,4 +1,4 @@
-"""fp32 models on fp16 operands: no further from fp64 than TF32 (`tests/tf32.py`), whatever the size of the numbers."""
+"""fp32 models on fp16 operands: nearer to fp64 than TF32 (`tests/tf32.py`), whatever the size of the numbers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from vae_accel.families.half import LOST, NORMAL, peaks
 from vae_accel.kernels import bordered, half_operands
 from vae_accel.kernels.conv import _launch, conv, reference
 from vae_accel.kernels.eligible import unsupported, wants_fp16
-from vae_accel.kernels.half_operands import scaled, stock_is_tf32
+from vae_accel.kernels.half_operands import in_terms, scaled, stock_is_tf32
 from vae_accel.kernels.thin_conv import thin_conv
 from vae_accel.kernels.upsample_conv import reference as upsample_reference
 from vae_accel.kernels.upsample_conv import upsample_conv
@@ -20,13 +20,8 @@ from vae_accel.tuning.search import error
 
 FP32 = torch.float32
 TWO = SMALL._replace(cols=32, more=16)
-# The same rounding of other bits: two estimates of one error, from some thousand values each.
-ALIKE = 1.05
-
-
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch):
-    monkeypatch.setattr(half_operands, "_wanted", True)
+# Of two roundings alike the weights' is gone: 0.71 of stock's error, from some thousand values.
+NEARER = 0.76
 
 
 def given(device, channels=40, size=1.0, kernel=(3, 3, 3), out=24):
@@ -48,24 +43,60 @@ FORMS = {
     "two products": of_clip(TWO, out=48),
     "pairs of pixels": of_clip(out=96),
     "thin": (lambda *a: thin_conv(*a, before=2), lambda *a: reference(*a, padding=(1, 1), before=2), {"out": 3}),
+    "1x1": (conv, reference, {"kernel": (1, 1, 1), "channels": 200, "out": 200}),
     "upsampling": (upsample_conv, upsample_reference, {"kernel": (3, 3)}),
+    "upsampling in time": (
+        lambda *a: bordered.dense(upsample_conv(*a, double=True, space="replicate")),  # whose border is open
+        lambda *a: upsample_reference(*a, double=True, space="replicate"),
+        {},
+    ),
 }
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
 @each_form
 @pytest.mark.parametrize("size", [1.0, 1e-7, 3e5, 1e20])
-def test_no_further_from_fp64_than_tf32(device, form, size):
+def test_nearer_to_fp64_than_tf32(device, form, size):
     ours, law, more = FORMS[form]
     x, weight, bias = given(device, size=size, **more)
-    assert unsupported(x, weight, (1, 1)) is None or form == "thin"
+    assert unsupported(x, weight, tuple(k // 2 for k in weight.shape[-2:])) is None or form == "thin"
     golden = law(x.double(), weight.double(), None)
     out, stock = ours(x, weight, None), law(tf32(x).double(), tf32(weight).double(), None)
     assert out.dtype == FP32 and out.shape == golden.shape
     assert 2e-4 < error(stock, golden) < 4e-4
-    assert error(out, golden) <= ALIKE * error(stock, golden)
+    assert error(out, golden) <= NEARER * error(stock, golden)
     with_bias = ours(x, weight, bias)
     assert_close(with_bias / size, (out.double() + bias.double().view(-1, *[1] * (out.dim() - 2))) / size)
+
+
+@each_form
+def test_the_second_term_takes_the_rounding_of_weights_away(device, form, monkeypatch):
+    """Of output channels 1e-3 to 1e1 in size, each by itself; what a norm wrote in fp16 is then multiplied exactly."""
+    ours, law, more = FORMS[form]
+    x, weight, _ = given(device, **more)
+    weight *= torch.logspace(-3, 1, weight.shape[0], device=device).view(-1, *[1] * (weight.dim() - 1))
+
+    def off(x, weight):
+        golden = law(x.double(), weight.double(), None)
+        size = golden.std([d for d in range(golden.dim()) if d != 1], keepdim=True)
+        return error(ours(x, weight, None).double() / size, golden / size)
+
+    two, exact = off(x, weight), off(x.half(), weight)
+    assert off(x.half(), weight * 10 ** (torch.rand_like(weight) * 9 - 6)) < 2e-6  # 1e-6 to 1e3 beside each other
+    monkeypatch.setattr(half_operands, "TERMS", 1)
+    assert two < 0.8 * off(x, weight)
+    assert exact < 2e-6 < 1e-4 < off(x.half(), weight)
+
+
+def test_two_terms_hold_a_weight():
+    """To 2^-22 of itself, or 2^-36 of the largest."""
+    weight = torch.cat((torch.logspace(-12, 3, 100_000) * torch.randn(100_000), torch.zeros(8))).view(8, -1)
+    scale = scaled(torch.zeros(1, 8, 1, 1).half(), None, weight)
+    terms = in_terms(scale[2], torch.float16, 2).double() * float(scale[3])
+    first, second = terms.chunk(2, 1)
+    off = (first + second - weight.double()).abs()
+    assert torch.equal(first.float(), scale[2].half() * scale[3])
+    assert (off <= (2.0**-22 * weight.double().abs()).clamp_min(2.0**-36 * float(weight.abs().max()))).all()
 
 
 @each_form
@@ -89,12 +120,12 @@ def test_a_residual_and_frames_of_another_size(device):
             assert_bordered(out)
             with Simulated():
                 stock = reference(x, weight, bias, **options)
-            assert error(out, golden) <= ALIKE * error(stock, golden)
+            assert error(out, golden) <= NEARER * error(stock, golden)
 
 
 @pytest.mark.parametrize("tile", [SMALL, TWO], ids=["one", "two"])
 def test_fp16_of_a_norm_beside_an_fp32_weight(device, tile):
-    """What is rounded is the operands; products, bias, residual and result are fp32."""
+    """What is rounded is the activations; weights, products, bias, residual and result are fp32."""
     x, weight, bias = given(device, out=48)
     half, residual = x.half(), normal(1, 48, 3, 6, 7, device=device, dtype=FP32)
     history = normal(1, 40, 2, 6, 7, device=device)
@@ -102,7 +133,7 @@ def test_fp16_of_a_norm_beside_an_fp32_weight(device, tile):
     out = _launch(half, weight, bias, 2, history, residual, 1, tile=tile)
     assert out.dtype == FP32
     assert_bordered(out)
-    assert_close(out, reference(half.double(), weight.half().double(), bias.double(), **options))
+    assert_close(out, reference(half.double(), weight.double(), bias.double(), **options))
 
 
 def test_channels_that_are_frames(device):
@@ -111,7 +142,7 @@ def test_channels_that_are_frames(device):
     golden = reference(x.double(), weight.double(), bias.double(), before=2, split=2)
     with Simulated():
         stock = reference(x, weight, bias, before=2, split=2)
-    assert out.shape == golden.shape and error(out, golden) <= ALIKE * error(stock, golden)
+    assert out.shape == golden.shape and error(out, golden) <= NEARER * error(stock, golden)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d, "bordered"])
@@ -121,9 +152,9 @@ def test_operands_are_brought_into_the_middle_of_fp16(layout):
     clip, none, weight, unit = scaled(y, None, torch.full((8, 8, 1, 1, 1), -3e-9))
     assert none is None and clip.dtype == torch.float16 and weight.dtype == FP32
     assert_bordered(clip)
-    assert 2**12 <= float(clip.abs().max()) < 2**13
-    taps = 2.0**-29 / 2**12
-    assert torch.equal(weight, torch.full_like(weight, -3e-9 / taps)) and 2**12 <= -float(weight[0, 0]) < 2**13
+    assert 2**11 <= float(clip.abs().max()) < 2**12
+    taps = 2.0**-29 / 2**11
+    assert torch.equal(weight, torch.full_like(weight, -3e-9 / taps)) and 2**11 <= -float(weight[0, 0]) < 2**12
     own = float(x.abs().max() / clip.abs().max())
     own = 2.0 ** round(torch.log2(torch.tensor(own)).item())
     assert torch.equal(clip, (x / own).half()) and float(unit) == own * taps
@@ -239,12 +270,12 @@ def test_the_check_reads_what_it_can_read():
 
 
 @pytest.mark.gpu
-def test_on_a_card_only_where_it_is_asked_for(monkeypatch):
+def test_on_a_card_not_where_it_is_turned_off(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(half_operands, "_wanted", False)
     x = torch.zeros(1, 8, 4, 4, device="cuda")
-    assert "VAE_ACCEL_HALF_OPERANDS=1" in unsupported(x, torch.zeros(8, 8, 3, 3, device="cuda"), (1, 1))
+    assert "VAE_ACCEL_HALF_OPERANDS=0" in unsupported(x, torch.zeros(8, 8, 3, 3, device="cuda"), (1, 1))
 
 
 def test_the_setting_is_what_the_last_optimize_was_told(monkeypatch):

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_what_does_not_fit_is_no_candidate():
     assert not fits(KEY, Tile(256, 256, 0, 64, 4, 8)), "too much shared memory"
     assert not fits(KEY, Tile(256, 256, 0, 32, 2, 8)), "too many sums a thread"
     assert not fits(KEY._replace(kernel="winograd"), Tile(256, 128, 0, 32, 2, 8))
+
+
+def test_weights_in_two_terms_have_tiles_of_their_own(card):
+    """What ships was measured with one term; the rules' tiles fit with two."""
+    card(gpu="NVIDIA H200", capability="9.0")
+    for i in (96, 128, 192, 256, 384, 512, 1024):
+        for o in (3, 12, 96, 128, 192, 256, 384, 512, 1024):
+            for kernel, taps in product(("conv", "upsample_conv"), (9, 27)):
+                key = Key(kernel, i, o, taps, "float16", "float32", 18)
+                tile = conv.tile_of(i, o, key.taps, 2) if key.kernel == "conv" else upsample_conv.tile_of(i, o, 2)
+                assert fits(key, tile) and tile.stages > 2 and choose(key, tile, CPU) == tile, key
+    assert all(
+        fits(Key("thin_conv", 256, o, 27, "float16", "float32", 18), thin_conv.tile_of(256, o, 2)) for o in (3, 12)
+    )
+    assert not fits(KEY._replace(result="float32"), Tile(256, 128, 0, 64, 4, 8))
 
 
 def shipped_rule(key):

@@ -7,7 +7,7 @@ A CPU multiplies fp32 in full. Stock's convolutions, and the vendor's beside our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from vae_accel.kernels import conv, eligible, thin_conv, upsample_conv
 from vae_accel.metrics import rms_error
 from vae_accel.platforms import base
 from vae_accel.rewrites.fused_norm_act import FusedNormAct
+from vae_accel.workloads.inputs import Kind
 from vae_accel.workloads.weights import randomise
 
 MODELS = pytest.mark.parametrize("case", [*CLIPS, *IMAGES], ids=lambda case: case.id)
@@ -70,11 +71,12 @@ def operands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.dtype]]:
 
 
 @MODELS
-def test_whole_models_are_no_further_from_fp64_than_tf32(case: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode and encode of two models, mean over them: 5 % of one rounding's error is what a rewrite may add."""
+def test_whole_models_are_nearer_to_fp64_than_tf32(case: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode and encode of three models and kinds of input, mean over them: of so few numbers and channels 0.75 to 0.96
+    of stock's error, of real widths 0.64 to 0.92 (platforms/cuda/README.md)."""
     seen, errors = operands(monkeypatch), [0.0, 0.0]
-    for seed in range(2):
-        latent, pixels = case.latent(seed=seed), case.pixels(seed=seed)
+    for seed, kind in enumerate(get_args(Kind)):
+        latent, pixels = case.latent(kind, seed=seed), case.pixels(kind, seed=seed)
         golden, stock = case.build(seed).double(), case.build(seed)
         ours = optimized(case.build(seed))
         for call, x in ((case.decode, latent), (case.encode, pixels)):
@@ -84,8 +86,8 @@ def test_whole_models_are_no_further_from_fp64_than_tf32(case: Tiny, monkeypatch
             for i, y in enumerate(results):
                 assert y.dtype == torch.float32 and y.shape == truth.shape
                 errors[i] += rms_error(y, truth) / float(truth.std())
-    assert errors[1] > 4e-4  # TF32, not fp32
-    assert errors[0] <= 1.05 * errors[1], errors
+    assert errors[1] > 6e-4  # TF32, not fp32
+    assert errors[0] < errors[1], errors
     assert torch.float16 in seen["conv"] and set(seen["conv"][1::2]) == {torch.float32}
 
 
@@ -194,13 +196,13 @@ def test_where_no_norm_bounds_the_operands_they_are_scaled(kind: str, change: An
     with Simulated():
         theirs = stock(x, *more)
     assert seen == [torch.float32]
-    assert rms_error(y, truth) <= 1.05 * rms_error(theirs, truth)
+    assert rms_error(y, truth) <= 0.9 * rms_error(theirs, truth)
 
 
 def test_the_last_convolution_reads_its_clip_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """96 to 3 of an fp32 clip that a norm wrote in fp32: scaled, and by the thin form."""
+    """96 to 3 of an fp32 clip that a norm wrote in fp32: scaled, and by the thin form, as all of so few channels."""
     launches, run = [], thin_conv.scaled
     monkeypatch.setattr(thin_conv, "scaled", lambda *args: launches.append(args[0].dtype) or run(*args))
     case = CLIPS[0]
     case.decode(optimized(case.build()), case.latent())
-    assert launches and set(launches) == {torch.float32}
+    assert launches[-1] == torch.float32

@@ -23,7 +23,7 @@ from .conv_law import has_form, vendor
 from .conv_law import reference as reference
 from .eligible import unsupported
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
-from .half_operands import scaled
+from .half_operands import scaled, terms_of
 from .tile_choice import choose
 from .tile_io import add, begin, block_of, clear_head, finish, frames_of, gather_moments, rows_of, weight_matrix
 from .tiles import Tile, key_of
@@ -41,10 +41,11 @@ def _conv(
     x, history, w, w2, bias, unit, residual, residual2, out, out2, head, partials,
     frames, T, S, K, H, W, ROW, FRAME, O, first, channels, tiles_n, units, chunks, border,
     NEIGHBOURS: tl.constexpr, BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
-    KB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    KB: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MORE: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, taps, KB DEPTH]. `out`: [frames, FRAME, channels].
+    """`x`, `history`: overlapping rows [pixels, kw C]. `w`: [O, TERMS, taps, KB DEPTH]. `out`: [frames, FRAME,
+    channels].
 
     A sample has T frames, of `x` S, of `history` K. With `REPEAT` the first and the last stand for those beyond them.
     """
@@ -73,8 +74,12 @@ def _conv(
         for i in tl.range(tl.maximum(here - K, 0) * PER, here * PER, num_stages=STAGES):
             a = history.load([past + i // PER * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
             acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
+            if TERMS == 2:
+                acc = tl.dot(a, w.load([n0, (i + KT * PER) * DEPTH]).T, acc)
             if MORE:
                 acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
+                if TERMS == 2:
+                    acc2 = tl.dot(a, w2.load([n0 + COLS, (i + KT * PER) * DEPTH]).T, acc2)
     now = (n * S + t - BEFORE) * FRAME + o0 + first
     for i in tl.range(here * PER, KT * PER, num_stages=STAGES):
         s = i // PER
@@ -82,8 +87,12 @@ def _conv(
             s = tl.minimum(tl.maximum(s, BEFORE - t), S - 1 + BEFORE - t)
         a = x.load([now + s * FRAME + i // KB % KH * ROW, i % KB * DEPTH])
         acc = tl.dot(a, w.load([n0, i * DEPTH]).T, acc)
+        if TERMS == 2:
+            acc = tl.dot(a, w.load([n0, (i + KT * PER) * DEPTH]).T, acc)
         if MORE:
             acc2 = tl.dot(a, w2.load([n0 + COLS, i * DEPTH]).T, acc2)
+            if TERMS == 2:
+                acc2 = tl.dot(a, w2.load([n0 + COLS, (i + KT * PER) * DEPTH]).T, acc2)
     if LATE:
         acc = add(acc, unit, bias, residual, frame, o0, n0, c0, O, ROWS, COLS)
         if MORE:
@@ -129,8 +138,8 @@ def _launch(
     channels_out, kt, kh, kw = weight.shape[0], *((1,) * (4 - weight.dim() + 1) + tuple(weight.shape[2:]))
     frames_out = (frames_in + before + after - kt + 1) * split
     shape = (n, channels_out // split, *((frames_out,) if len(spatial) == 3 else ()), *spatial[-2:])
-    unit = None
-    if x.dtype == torch.float32:
+    terms, unit = terms_of(dtype), None
+    if dtype == torch.float32:
         x, history, weight, unit = scaled(x, history, weight)
     if kh == 3:
         x = bordered.bordered(x, border=space)
@@ -144,8 +153,8 @@ def _launch(
     if tile is None and split == 1 and conv3x3.takes(x, weight, dtype):
         return conv3x3.conv(x, weight, bias, before, history, residual, out, repeat=repeat, statistics=statistics)
     together = _together(x, weight, split)
-    tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw)
-    matrix = weight_matrix(weight, x.dtype, tile.depth, together)
+    tile = tile or tile_of(channels_in, channels_out // split * together, kt * kh * kw, terms)
+    matrix = weight_matrix(weight, x.dtype, tile.depth, together, terms)
     bias = bias if bias is None or together == 1 else bias.repeat(together)
     sides = [frames_of(clip, tile, cols, together) for clip in (residual, out) for cols in (tile.cols, tile.more)]
     columns = matrix.shape[0]
@@ -164,7 +173,7 @@ def _launch(
             frame, columns, 0 if kh == 3 else place.first, columns // split, tiles_n, *layout_of(partials),
             place.first * out.shape[1],
             NEIGHBOURS=neighbours_of(out.shape[1]), BEFORE=before, REPEAT=repeat,
-            KT=kt, KH=kh, KB=matrix.shape[1] // (kt * kh * tile.depth), MORE=tile.more,
+            KT=kt, KH=kh, KB=matrix.shape[1] // (terms * kt * kh * tile.depth), TERMS=terms, MORE=tile.more,
             **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     if partials is not None:
@@ -197,18 +206,22 @@ def thickened(x: Tensor) -> Tensor:
     return wide
 
 
-def tile_of(channels_in: int, channels_out: int, taps: int) -> Tile:
-    """The tile for a convolution: best of the few measured on an H100 (platforms/cuda/README.md)."""
+def tile_of(channels_in: int, channels_out: int, taps: int, terms: int = 1) -> Tile:
+    """The tile for a convolution: best of the few measured on an H100 (platforms/cuda/README.md).
+
+    Of weights in two `terms` none was yet: 256 pixels beside 128 channels read the least for a product then.
+    """
     run = (channels_in + -channels_in % 8) * (3 if taps % 9 == 0 else 1)
     depth = 32 if run <= 32 or (run % 64 and run > 64) else 64
     if channels_out % 192 == 0 and channels_out % 128:
-        return Tile(256, 128, 64, 64, 3, 8)
-    if channels_out % 256 == 0 and taps == 27:
+        # Two stages of 64 would fit two terms, but the next is not asked for until this one is almost used up.
+        return Tile(256, 128, 64, 64, 3, 8) if terms == 1 else Tile(256, 128, 64, 32, 5, 8)
+    if channels_out % 256 == 0 and taps == 27 and terms == 1:
         return Tile(256, 128, 0, 64, 4, 8) if channels_out >= 1024 else Tile(128, 256, 0, 64, 3, 8)
-    if channels_out % 256 == 0:
+    if channels_out % 256 == 0 and terms == 1:
         return Tile(128, 256, 0, 64, 4, 8)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
-    return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
+    return Tile(256, cols, 0, depth, 4 * 64 // depth, 8).beside(terms)
 
 
 def conv(
@@ -257,7 +270,7 @@ def _chosen(x: Tensor, weight: Tensor, split: int) -> Tile | None:
     """The tile, or None where the vendor's convolution was measured to be faster."""
     together = _together(x, weight, split)
     key = key_of("conv" if together == 1 else "conv_pixel_pairs", x, weight, split=split)
-    return choose(key, tile_of(key.channels_in, key.channels_out * together, key.taps), x.device)
+    return choose(key, tile_of(key.channels_in, key.channels_out * together, key.taps, key.terms), x.device)
 
 
 def signatures() -> list[Signature]:
@@ -270,15 +283,18 @@ def signatures() -> list[Signature]:
     for name in ("residual", "out"):
         more |= {name: wide.frames("bf16"), f"{name}2": wide.frames("bf16", wide.more)}
     clips = dict.fromkeys(("x", "history"), plain.pixels("fp16"))
-    of_fp32 = more | {"bias": "fp32", "unit": "fp32", "head": "fp32"}
+    in_two = tile_of(192, 192, 27, 2)
+    of_fp32 = dict.fromkeys(("bias", "unit", "partials", "head"), "fp32")
+    of_fp32 |= dict.fromkeys(("x", "history"), in_two.pixels("fp16"))
+    of_fp32 |= {"w": in_two.taps("fp16"), "w2": in_two.taps("fp16", in_two.more)}
     for name in ("residual", "out"):
-        of_fp32 |= {name: wide.frames("fp32"), f"{name}2": wide.frames("fp32", wide.more)}
+        of_fp32 |= {name: in_two.frames("fp32"), f"{name}2": in_two.frames("fp32", in_two.more)}
     least = {**clips, "w": plain.taps("fp16"), "out": plain.frames("fp16"), "head": "fp16"}
-    all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, **taps, **wide.constexprs()}
-    nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, **taps, **plain.constexprs(), **absent}
+    all_of_it = {"BEFORE": 2, "MORE": wide.more, "NEIGHBOURS": 2, "TERMS": 1, **taps, **wide.constexprs()}
+    nothing = {"BEFORE": 0, "MORE": 0, "NEIGHBOURS": 1, "TERMS": 1, **taps, **plain.constexprs(), **absent}
     return [
         signature(_conv, pixels | more, {**all_of_it, "unit": None}, warps=wide.warps),
-        signature(_conv, pixels | of_fp32, all_of_it, warps=wide.warps),
+        signature(_conv, of_fp32, {**all_of_it, "TERMS": 2, "KB": 18, **in_two.constexprs()}, warps=in_two.warps),
         signature(_conv, least, nothing, warps=plain.warps),
         signature(_conv, least, {**nothing, "BEFORE": 2, "REPEAT": True}, warps=plain.warps),
     ]

@@ -1,15 +1,20 @@
-"""fp16 operands of an fp32 model, where stock's own are TF32: the same 10 bits of mantissa, at twice the rate.
+"""fp16 operands of an fp32 model, where stock's own are TF32: as many bits of activations, twice as many of weights.
 
 cuDNN rounds the operands of fp32 convolutions to TF32 unless the user forbids it. fp16 rounds to nearest in as many
-bits: a 3x3x3 convolution of 384 channels, summed in fp64, is 2.96e-4 off (relative RMS) in either, and 7.7e-4 where
-TF32 is made by dropping bits, which is what the tensor cores do with fp32 in memory. So there is no TF32 form of our
-kernels: it would be slower, read twice the bytes, and be further from fp32. (Winograd's transformed operands are 4.3e-4
-off, 3.7e-4 without the rounding before the transform: not for fp32 models.)
+bits, and is multiplied at twice the rate: a 3x3x3 convolution of 384 channels, summed in fp64, is 2.96e-4 off (relative
+RMS) in either, and 7.7e-4 where TF32 is made by dropping bits, which is what the tensor cores do with fp32 in memory.
+So there is no TF32 form of our kernels: it would read twice the bytes and be further from fp32. (Winograd's transformed
+operands are 4.3e-4 off, 3.7e-4 without the rounding before the transform: not for fp32 models.)
+
+With operands rounded alike the error would be stock's times what chance makes of it: 0.96, 0.99 and 1.07 on three
+inputs of Wan 2.1 on an H100. So a weight is multiplied in two terms: itself in fp16, and what that left of it in fp16,
+both products into one sum. It is then off by 2^-22 of itself or 2^-36 of the largest; what remains is the rounding of
+activations, 2.09e-4 in the example, at the work of TF32. An upsampling's sums of taps are split likewise.
 
 What fp16 lacks is range: it ends at 65504, and below 2^-14 it is off by up to 2^-25 whatever the value. Where a norm
-bounds the operands, `families/half.py` checks both ends when a model is optimized. Elsewhere (`scaled`) an operand is
-divided by the power of two that brings its largest value to 2^12 to 2^13, so that all within 2^26 of that keep their 11
-bits, and the sum is multiplied by it: exact, found on the card in each call, and two passes over the operand.
+bounds the activations, `families/half.py` checks both ends when a model is optimized. Others, and the weights, are
+divided by the power of two that brings the largest value to 2^11 to 2^12 (`scaled`), so that all within 2^25 of it keep
+their 11 bits, and the sum is multiplied by it: exact, found on the card in each call, and two passes over the operand.
 
 Bias and residual are added to the finished sum there, as stock does. A tensor core cuts its sums off at fp32's last bit
 (Fasi et al., 2021): begun from a residual of 10 times the sum, 216 steps of 16 channels would cost about 1e-4 of it.
@@ -29,14 +34,13 @@ from . import bordered
 from ._dispatch import triton_available
 
 HALVED = (torch.bfloat16, torch.float32)  # dtypes of models whose norms may write fp16
-HIGHEST = 2.0**12  # the folded upsampling adds up to four taps
+TERMS = 2  # of an fp32 weight; with one the error is that of TF32
+HIGHEST = 2.0**11  # the folded upsampling adds up to eight taps
 SMALLEST = 2.0**-100  # a largest value below is not enlarged further: its inverse must be finite
 
 _forbidden = functools.cache(tf32_forbidden)  # once a process, as NVIDIA's libraries read it
 
-# Off: on an H100 a Wan 2.1 decode in fp32 is 3.7 times as fast, its error 0.96 and 0.99 of stock's on two inputs and
-# 1.07 on a ramp (480x832x17; 240x416x5), where tier `rounding` grants 1.05.
-_wanted = False
+_wanted = True
 
 
 def use(wanted: bool) -> None:
@@ -56,7 +60,7 @@ def refusal(x: Tensor) -> str | None:
     The CPU counts as a card where Triton is interpreted, in tests; its own convolutions are exact.
     """
     if x.is_cuda and not _wanted:
-        return "fp32 models are the vendor's unless VAE_ACCEL_HALF_OPERANDS=1"
+        return "fp32 models are the vendor's by VAE_ACCEL_HALF_OPERANDS=0"
     if not triton_available(x):
         return "there is no Triton"
     cudnn: Any = torch.backends.cudnn
@@ -67,15 +71,31 @@ def refusal(x: Tensor) -> str | None:
     return "stock multiplies fp32 in full: TF32 is off"
 
 
+def terms_of(dtype: torch.dtype) -> int:
+    """In how many terms our kernels multiply weights of `dtype`."""
+    return TERMS if dtype == torch.float32 else 1
+
+
+def in_terms(matrix: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """`[O, K]` as `[O, terms K]` of `dtype`: rounded, and of two terms the second is what that left, rounded."""
+    first = matrix.to(dtype)
+    return first if terms == 1 else torch.cat((first, (matrix - first).to(dtype)), 1)
+
+
 def scaled(x: Tensor, history: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """fp32 operands so that fp16 holds them: `x` and `history` bordered in fp16, `weight` still to be rounded.
+    """Operands beside an fp32 `weight` so that fp16 holds them: `x` and `history` bordered in fp16, or as they are
+    where a norm wrote `x` in fp16; `weight` still to be rounded.
 
     The fourth is what the sum of products is to be multiplied by, one number in fp32.
     """
-    clip, taps = _unit(x) if history is None else torch.maximum(_unit(x), _unit(history)), _unit(weight)
+    taps = _unit(weight)
+    weight = weight * taps.reciprocal()
+    if x.dtype == torch.float16:
+        return x, history, weight, taps
+    clip = _unit(x) if history is None else torch.maximum(_unit(x), _unit(history))
     shrink = clip.reciprocal()
     kept = None if history is None else _halved(history, shrink)
-    return _halved(x, shrink), kept, weight * taps.reciprocal(), clip * taps
+    return _halved(x, shrink), kept, weight, clip * taps
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv import conv
 from .conv_law import has_form
 from .eligible import unsupported
-from .half_operands import scaled
+from .half_operands import in_terms, scaled, terms_of
 from .tile_choice import choose
 from .tile_io import block_of, rows_of
 from .tiles import Tile, key_of
@@ -32,10 +32,10 @@ MOST = COLUMNS[-1] // 9
 @lazy_kernel(alike="frames T S K FRAME")
 def _products(
     x, history, w, out, frames, T, S, K, FRAME,
-    BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr,
+    BEFORE: tl.constexpr, REPEAT: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `history`: [pixels, C]. `w`: [COLS, KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, the border with it.
+    """`x`, `history`: [pixels, C]. `w`: [COLS, TERMS KT KB DEPTH]. `out`: [frames, COLS, FRAME] fp32, with the border.
 
     `REPEAT` and the numbers of frames as in `conv`.
     """
@@ -48,13 +48,19 @@ def _products(
     if BEFORE and not REPEAT:
         past = (n * K + K + t - BEFORE) * FRAME + o0
         for i in tl.range(tl.maximum(here - K, 0) * KB, here * KB, num_stages=STAGES):
-            acc = tl.dot(history.load([past + i // KB * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
+            a = history.load([past + i // KB * FRAME, i % KB * DEPTH])
+            acc = tl.dot(a, w.load([0, i * DEPTH]).T, acc)
+            if TERMS == 2:
+                acc = tl.dot(a, w.load([0, (i + KT * KB) * DEPTH]).T, acc)
     now = (n * S + t - BEFORE) * FRAME + o0
     for i in tl.range(here * KB, KT * KB, num_stages=STAGES):
         s = i // KB
         if REPEAT:
             s = tl.minimum(tl.maximum(s, BEFORE - t), S - 1 + BEFORE - t)
-        acc = tl.dot(x.load([now + s * FRAME, i % KB * DEPTH]), w.load([0, i * DEPTH]).T, acc)
+        a = x.load([now + s * FRAME, i % KB * DEPTH])
+        acc = tl.dot(a, w.load([0, i * DEPTH]).T, acc)
+        if TERMS == 2:
+            acc = tl.dot(a, w.load([0, (i + KT * KB) * DEPTH]).T, acc)
     pixel = o0 + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     tl.store(out + (f.to(tl.int64) * COLS + col) * FRAME + pixel, acc, mask=pixel < FRAME)
@@ -86,9 +92,9 @@ def _gather(
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
 
-def tile_of(channels_in: int, channels_out: int) -> Tile:
+def tile_of(channels_in: int, channels_out: int, terms: int = 1) -> Tile:
     columns = next(c for c in COLUMNS if c >= 9 * channels_out)
-    return Tile(256, columns, 0, 64 if channels_in % 64 == 0 else 32, 4, 8)
+    return Tile(256, columns, 0, 64 if channels_in % 64 == 0 else 32, 4, 8).beside(terms)
 
 
 def thin_conv(
@@ -113,7 +119,8 @@ def thin_conv(
     o, i, *in_time = weight.shape[:-2]
     if o > MOST:
         raise ValueError(f"thin_conv makes at most {MOST} channels, and was asked for {o}")
-    rule = tile_of(i, o)
+    terms = terms_of(weight.dtype)
+    rule = tile_of(i, o, terms)
     products = weight.new_empty((rule.cols, i, 1, 1))
     ours = not differentiates(x, weight, bias, history) and has_form(x, before, history, after, time, space)
     ours = ours and unsupported(x, products, (0, 0)) is None
@@ -122,10 +129,11 @@ def thin_conv(
         around: dict[str, Any] = {"before": before, "history": history, "after": after, "time": time, "space": space}
         return conv(x, weight, bias, padding=(1, 1), **around)
     columns, depth, unit = tile.cols, tile.depth, None
-    if x.dtype == torch.float32:
+    if weight.dtype == torch.float32:
         x, history, weight, unit = scaled(x, history, weight)
     taps = weight.movedim((-2, -1), (0, 1)).flatten(0, 2).movedim(1, -1).reshape(9 * o, -1, i)  # (kh, kw, o), kt, i
-    matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1).to(x.dtype)
+    matrix = F.pad(taps, (0, -i % depth, 0, 0, 0, columns - 9 * o)).flatten(1)
+    matrix = in_terms(matrix, x.dtype, terms)
     x = bordered.bordered(x, border=space)
     history = None if history is None else bordered.bordered(history, x.dtype, space)
     n, kt, place = x.shape[0], taps.shape[1], bordered.geometry(x)
@@ -143,7 +151,7 @@ def thin_conv(
             block_of(matrix, columns, tile), y, frames, frames // n, frames_in,
             0 if history is None else history.shape[2], place.frame,
             BEFORE=before, REPEAT=time == "replicate" and history is None, KT=kt,
-            KB=matrix.shape[1] // (kt * depth), **tile.constexprs(), num_warps=tile.warps,
+            KB=matrix.shape[1] // (terms * kt * depth), TERMS=terms, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
         _gather[-(-total // 512), n](
             y, bias, unit, out, total, frames // n, place.height, place.width, place.row, place.frame,
@@ -159,7 +167,8 @@ def signatures() -> list[Signature]:
     taps = {"BEFORE": 2, "REPEAT": False, "KT": 3, "KB": 3}
     products = {"x": tile.pixels("fp16"), "history": tile.pixels("fp16"), "w": tile.taps("fp16"), "out": "fp32"}
     return [
-        signature(_products, products, {**taps, **tile.constexprs()}, warps=tile.warps),
+        signature(_products, products, {**taps, "TERMS": 1, **tile.constexprs()}, warps=tile.warps),
+        signature(_products, products, {**taps, "TERMS": 2, **tile.constexprs()}, warps=tile.warps),
         signature(_gather, {"y": "fp32", "bias": "bf16", "out": "bf16"}, {"unit": None, **gathered}),
         signature(_gather, dict.fromkeys(("y", "bias", "unit", "out"), "fp32"), gathered),
     ]

@@ -43,7 +43,10 @@ class _Row(BaseModel):
 
 
 class Choice(_Row):
-    """The tile of every convolution that has the fields given; a tile of null is the vendor's convolution."""
+    """The tile of every convolution that has the fields given; a tile of null is the vendor's convolution.
+
+    Without a `result` it is of 16 bits: weights in two terms fill the stages otherwise.
+    """
 
     kernel: Literal["conv", "conv_pixel_pairs", "winograd", "upsample_conv", "downsample_conv", "thin_conv"]
     channels_in: int | None = None
@@ -64,6 +67,8 @@ class Choice(_Row):
         return self
 
     def holds(self, key: Key) -> bool:
+        if self.result is None and key.terms > 1:
+            return False
         return all(getattr(self, name) in (None, value) for name, value in key._asdict().items())
 
 

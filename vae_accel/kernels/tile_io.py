@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import bordered
 from ._dispatch import LazyFunction
+from .half_operands import in_terms
 from .tiles import Tile
 
 tl: Any = None  # triton.language, bound at the first launch
@@ -140,8 +141,8 @@ def lines_of(x: Tensor, tile: Tile) -> Any:
     return _descriptor(bordered.pixels_of(x)[place.first :], shape, strides, [1, tile.rows, tile.cols])
 
 
-def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1) -> Tensor:
-    """[together * O, taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
+def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int = 1, terms: int = 1) -> Tensor:
+    """[together * O, terms * taps * padded run]: the taps of a row as one run, zeros up to a multiple of `depth`.
 
     Of pixels taken `together`, the later ones find their taps further on in a longer run. A view where the weight lies
     channels-last, needs no zeros and has the dtype.
@@ -153,4 +154,4 @@ def weight_matrix(weight: Tensor, dtype: torch.dtype, depth: int, together: int 
     short = -taps.shape[2] % depth
     if short:
         taps = F.pad(taps, (0, short))
-    return taps.flatten(1).to(dtype)
+    return in_terms(taps.flatten(1), dtype, terms)

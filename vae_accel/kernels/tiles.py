@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._dispatch import descriptor, next_power_of_2
+from .half_operands import terms_of
 
 KERNELS = ("conv", "conv_pixel_pairs", "winograd", "upsample_conv", "downsample_conv", "thin_conv")
 SHARED = 227 * 1024  # bytes of shared memory a program may have on compute capability 9.0
@@ -30,6 +32,14 @@ class Tile(NamedTuple):
     def constexprs(self) -> dict[str, int]:
         """As every kernel names them; `more` is for those that have two products."""
         return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "STAGES": self.stages}
+
+    def staged(self, terms: int) -> int:
+        """Bytes of shared memory for pixels and weights in so many `terms`, of 16 bits each."""
+        return self.stages * (self.rows + terms * (self.cols + self.more)) * self.depth * 2
+
+    def beside(self, terms: int) -> Tile:
+        """Itself with as many of its stages as shared memory holds beside weights in so many `terms`."""
+        return self._replace(stages=min(self.stages, SHARED // self._replace(stages=1).staged(terms)))
 
     def pixels(self, dtype: str) -> str:
         """The type of the descriptor of a clip's rows, to compile ahead of time."""
@@ -64,6 +74,11 @@ class Key(NamedTuple):
         """Whether the vendor's can run instead at this point; of Winograd's, the clip is already transformed."""
         return self.kernel != "winograd"
 
+    @property
+    def terms(self) -> int:
+        """In how many the weights are multiplied, see `half_operands`."""
+        return terms_of(getattr(torch, self.result))
+
     def __str__(self) -> str:
         dtypes = self.operands if self.operands == self.result else f"{self.operands} to {self.result}"
         return f"{self.kernel} {self.channels_in} to {self.channels_out}, {self.taps} taps, {dtypes}, 2^{self.size}"
@@ -89,10 +104,10 @@ def fits(key: Key, tile: Tile) -> bool:
     Winograd's form walks two frames at once.
     """
     at_once = 2 if key.kernel == "winograd" else 1
-    stages = tile.stages * at_once * (tile.rows + tile.cols + tile.more) * tile.depth * 2
-    staged = tile.rows * max(tile.cols, tile.more) * (4 if key.result == "float32" else 2)
+    stages = at_once * tile.staged(key.terms)
+    result = tile.rows * max(tile.cols, tile.more) * (4 if key.result == "float32" else 2)
     sums = at_once * tile.rows * (tile.cols + tile.more) // (32 * tile.warps)
-    return max(stages, staged) <= SHARED and sums <= MOST_SUMS
+    return max(stages, result) <= SHARED and sums <= MOST_SUMS
 
 
 def candidates(key: Key, first: Tile) -> list[Tile]:

@@ -19,7 +19,7 @@ from ._dispatch import Signature, differentiates, lazy_kernel, signature
 from .conv_law import reference as conv_reference
 from .eligible import unsupported
 from .group_statistics import empty_partials, layout_of, neighbours_of, note
-from .half_operands import scaled
+from .half_operands import in_terms, scaled, terms_of
 from .tile_choice import choose
 from .tile_io import add, begin, block_of, clear_head, gather_moments, rows_of
 from .tiles import Tile, key_of
@@ -72,10 +72,10 @@ def _fold(
 def _upsample_conv(
     x, w, bias, unit, out, partials,
     frames, T, H, W, ROW, FRAME, FRAME_OUT, O, tiles_n, units, chunks, border,
-    NEIGHBOURS: tl.constexpr, KT: tl.constexpr, DOUBLE: tl.constexpr, KB: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, KT: tl.constexpr, DOUBLE: tl.constexpr, KB: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [phases O, KT 2 KB DEPTH]. `out`: its pixels.
+    """`x`: overlapping rows [pixels, 2 C] of the small picture. `w`: [phases O, TERMS KT 2 KB DEPTH]. `out`: pixels.
 
     A sample has T frames of `x`, the first of which stands in front of itself. Of the border, the pixel behind each row
     of the small picture and the row below it are zeros that go where theirs would: to the right of the large one, and
@@ -106,6 +106,8 @@ def _upsample_conv(
             s = tl.maximum(i // (2 * KB) - (KT - 1), -t)
         pixels = x.load([first + s * FRAME + i // KB % 2 * ROW, i % KB * DEPTH])
         acc = tl.dot(pixels, w.load([phase * O + n0, i * DEPTH]).T, acc)
+        if TERMS == 2:
+            acc = tl.dot(pixels, w.load([phase * O + n0, (i + KT * 2 * KB) * DEPTH]).T, acc)
     if unit is not None:
         acc = add(acc, unit, bias, None, f, o0, n0, n0, O, ROWS, COLS)
     pixel = o0 + tl.arange(0, ROWS)
@@ -126,27 +128,28 @@ def _upsample_conv(
             )  # fmt: skip
 
 
-def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int, double: bool = False) -> Tensor:
-    """`[phases O, taps in time * 2 * padded run]` of `[O, I, (3,) 3, 3]`: the taps of each phase, summed in fp32 and
-    rounded once."""
+def folded_taps(weight: Tensor, dtype: torch.dtype, depth: int, double: bool = False, terms: int = 1) -> Tensor:
+    """`[phases O, terms * taps in time * 2 * padded run]` of `[O, I, (3,) 3, 3]`: the taps of each phase, summed in
+    fp32 and rounded once, or in two terms."""
     o, c = weight.shape[:2]
     taps = (weight if weight.dim() == 5 else weight.unsqueeze(2)).movedim(1, -1)
     taps = taps if taps.stride(-1) == 1 else taps.contiguous()
     run, kt = -(-2 * c // depth) * depth, 2 if double else taps.shape[1]
-    out = torch.empty(((8 if double else 4) * o, kt * 2 * run), dtype=dtype, device=weight.device)
+    folded = torch.float32 if terms == 2 else dtype
+    out = torch.empty(((8 if double else 4) * o, kt * 2 * run), dtype=folded, device=weight.device)
     with torch.cuda.device_of(weight):
         _fold[(-(-out.numel() // 1024),)](
             taps, out, out.numel(), o, c, run, *taps.stride()[:4], TAPS=taps.shape[1], KT=kt, BLOCK=1024, num_warps=4
         )
-    return out
+    return in_terms(out, dtype, terms)
 
 
-def tile_of(channels_in: int, channels_out: int) -> Tile:
+def tile_of(channels_in: int, channels_out: int, terms: int = 1) -> Tile:
     depth = 64 if 2 * channels_in % 64 == 0 else 32
-    if 64 < channels_out < 128:  # 830 instead of 693 TFLOP/s of the direct convolution for 192 to 96
+    if 64 < channels_out < 128 and terms == 1:  # 830 instead of 693 TFLOP/s of the direct convolution for 192 to 96
         return Tile(128, 128, 0, depth, 3, 4)
     cols = min(max(1 << (channels_out - 1).bit_length(), 16), 128)
-    return Tile(256, cols, 0, depth, 4 * 64 // depth, 8)
+    return Tile(256, cols, 0, depth, 4 * 64 // depth, 8).beside(terms)
 
 
 def _launch(
@@ -159,8 +162,8 @@ def _launch(
     space: str = "zeros",
     statistics: bool = False,
 ) -> Tensor:
-    channels_out, unit = weight.shape[0], None
-    if x.dtype == torch.float32:
+    channels_out, terms, unit = weight.shape[0], terms_of(weight.dtype), None
+    if weight.dtype == torch.float32:
         x, _, weight, unit = scaled(x, None, weight)
     x = bordered.bordered(x, border=space)
     place = bordered.geometry(x)
@@ -171,8 +174,8 @@ def _launch(
     wide = bordered.geometry(out)
     if tile is None and _on_hopper(x, weight, space):
         return conv3x3.upsample_conv(x, folded_taps(weight, x.dtype, 1), bias, out, statistics=statistics)
-    tile = tile or tile_of(x.shape[1], channels_out)
-    matrix = folded_taps(weight, x.dtype, tile.depth, double)
+    tile = tile or tile_of(x.shape[1], channels_out, terms)
+    matrix = folded_taps(weight, x.dtype, tile.depth, double, terms)
     kt = 1 if weight.dim() == 4 else 2 if double else 3
     tiles_n, tiles = -(-channels_out // tile.cols), -(-place.frame // tile.rows)
     partials = empty_partials(out, 4 * tiles) if statistics else None
@@ -183,8 +186,8 @@ def _launch(
             rows_of(x, 2, tile), block_of(matrix, tile.cols, tile), bias, unit, bordered.pixels_of(out), partials,
             place.frames, time, place.height, place.width, place.row, place.frame, wide.frame, channels_out, tiles_n,
             *layout_of(partials), wide.first * channels_out,
-            NEIGHBOURS=neighbours_of(channels_out), KT=kt, DOUBLE=double, KB=matrix.shape[1] // (2 * kt * tile.depth),
-            **tile.constexprs(), num_warps=tile.warps,
+            NEIGHBOURS=neighbours_of(channels_out), KT=kt, DOUBLE=double,
+            KB=matrix.shape[1] // (terms * 2 * kt * tile.depth), TERMS=terms, **tile.constexprs(), num_warps=tile.warps,
         )  # fmt: skip
     if partials is not None:
         note(out, partials)
@@ -212,7 +215,8 @@ def upsample_conv(
         return reference(x, weight, bias, **more)
     tile = None
     if not _on_hopper(x, weight, space):
-        tile = choose(key_of("upsample_conv", x, weight), tile_of(x.shape[1], weight.shape[0]), x.device)
+        key = key_of("upsample_conv", x, weight)
+        tile = choose(key, tile_of(key.channels_in, key.channels_out, key.terms), x.device)
         if tile is None:
             return reference(x, weight, bias, **more)
     return _launch(x, weight, bias, tile, statistics=statistics, **more)
@@ -225,14 +229,21 @@ def _on_hopper(x: Tensor, weight: Tensor, space: str) -> bool:
 def signatures() -> list[Signature]:
     """The kernels as they are compiled ahead of time in the tests."""
     tile = tile_of(192, 96)
-    operands = {"x": tile.pixels("fp16"), "w": tile.taps("fp16"), "partials": "fp32"}
-    constants = {"NEIGHBOURS": 2, "KT": 1, "DOUBLE": False, "KB": 6, **tile.constexprs()}
-    of_bf16, of_fp32 = ({**operands, "bias": dtype, "out": dtype} for dtype in ("bf16", "fp32"))
-    fold = {"weight": "bf16", "out": "fp16"}
+    in_two = tile_of(192, 96, 2)
+    operands, of_fp32 = ({"x": t.pixels("fp16"), "w": t.taps("fp16"), "partials": "fp32"} for t in (tile, in_two))
+    constants = {"NEIGHBOURS": 2, "KT": 1, "DOUBLE": False, "KB": 6, "TERMS": 1, **tile.constexprs()}
+    of_bf16, of_fp32 = {**operands, "bias": "bf16", "out": "bf16"}, {**of_fp32, "bias": "fp32", "out": "fp32"}
+    fold, fold_fp32 = {"weight": "bf16", "out": "fp16"}, {"weight": "fp32", "out": "fp32"}
     return [
         signature(_fold, fold, {"TAPS": 1, "KT": 1, "BLOCK": 1024}),
         signature(_fold, fold, {"TAPS": 3, "KT": 2, "BLOCK": 1024}),
+        signature(_fold, fold_fp32, {"TAPS": 1, "KT": 1, "BLOCK": 1024}),
         signature(_upsample_conv, of_bf16, {**constants, "unit": None}, warps=tile.warps),
         signature(_upsample_conv, of_bf16, {**constants, "unit": None, "KT": 2, "DOUBLE": True}, warps=tile.warps),
-        signature(_upsample_conv, {**of_fp32, "unit": "fp32"}, constants, warps=tile.warps),
+        signature(
+            _upsample_conv,
+            {**of_fp32, "unit": "fp32"},
+            {**constants, "TERMS": 2, **in_two.constexprs()},
+            warps=in_two.warps,
+        ),
     ]
