@@ -46,6 +46,10 @@ class Witness:
             and self._glance() == self._then
         )
 
+    def in_place(self) -> bool:
+        """Whether every tensor it remembers is where it was: its memory can be read, whatever else may have changed."""
+        return list(map(Tensor.data_ptr, self._tensors)) == self._then[1]
+
     def _values(self) -> Iterator[Tensor | None]:
         return chain.from_iterable(map(dict.values, self._slots))
 
