@@ -207,15 +207,14 @@ def thickened(x: Tensor) -> Tensor:
 
 
 def tile_of(channels_in: int, channels_out: int, taps: int, terms: int = 1) -> Tile:
-    """The tile for a convolution: best of the few measured on an H100 (platforms/cuda/README.md).
-
-    Of weights in two `terms` none was yet: 256 pixels beside 128 channels read the least for a product then.
-    """
+    """The tile for a convolution: best of the few measured on an H100, of weights in two `terms` on an H200
+    (platforms/cuda/README.md)."""
     run = (channels_in + -channels_in % 8) * (3 if taps % 9 == 0 else 1)
     depth = 32 if run <= 32 or (run % 64 and run > 64) else 64
     if channels_out % 192 == 0 and channels_out % 128:
-        # Two stages of 64 would fit two terms, but the next is not asked for until this one is almost used up.
-        return Tile(256, 128, 64, 64, 3, 8) if terms == 1 else Tile(256, 128, 64, 32, 5, 8)
+        return Tile(256, 128, 64, 64, 3, 8).beside(terms)
+    if channels_out % 128 == 0 and taps == 27 and terms > 1:
+        return Tile(128, 128, 0, 32, 4, 4)
     if channels_out % 256 == 0 and taps == 27 and terms == 1:
         return Tile(256, 128, 0, 64, 4, 8) if channels_out >= 1024 else Tile(128, 256, 0, 64, 3, 8)
     if channels_out % 256 == 0 and terms == 1:
