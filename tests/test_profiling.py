@@ -107,7 +107,8 @@ def test_what_an_operation_calls_is_its_own():
     inner = event("aten::cudnn_convolution", 3.0, convolution, kernels=(70.0,))
     bias = event("aten::add_", 4.0, convolution, kernels=(20.0, 5.0))
     silu = event("aten::silu", 5.0, kernels=(8.0,))
-    events = [outer, convolution, inner, bias, silu]
+    launch = event("cudaLaunchKernel", 0.0, silu, kernels=(70.0,))  # another's: its number is that operation's
+    events = [outer, convolution, inner, bias, silu, launch]
     counted = {"aten::convolution": Work(), "aten::add_": Work(), "aten::silu": Work()}
     assert by_operation(events, counted, accelerated=True) == {
         "aten::convolution": Cost(1, 95.0),
