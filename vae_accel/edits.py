@@ -55,10 +55,6 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
 
-    def count(self, what: str) -> None:
-        """Notes that a call met `what`."""
-        self.counts[what] = self.counts.get(what, 0) + 1
-
 
 @dataclass
 class Ledger:
@@ -80,7 +76,8 @@ class Ledger:
 
     def count(self, name: str, what: str) -> None:
         """Notes on the outcome of rewrite `name` that a call met `what`."""
-        next(outcome for outcome in self.outcomes if outcome.name == name).count(what)
+        counts = next(outcome for outcome in self.outcomes if outcome.name == name).counts
+        counts[what] = counts.get(what, 0) + 1
 
     def undo(self, root: nn.Module) -> None:
         """Takes every edit back; a module that was removed or exchanged since has nothing to take back.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_accel.edits import Outcome
+from vae_accel.edits import Ledger
 from vae_accel.families import kl
 from vae_accel.families.match import by_row, known_as
 from vae_accel.kernels._dispatch import E4M3
@@ -61,14 +61,14 @@ def gains_of(block: Any) -> tuple[float, float] | str | None:
 
 
 def residual_block(
-    block: Any, below: Callable[..., Tensor], outcome: Outcome, alone: bool, *args: Any, **kwargs: Any
+    block: Any, below: Callable[..., Tensor], ledger: Ledger, alone: bool, *args: Any, **kwargs: Any
 ) -> Tensor:
     """[N, C, H, W] -> [N, C', H, W], the shortcut in 16 bits; `alone`: what comes next reads no bordered pictures."""
     if torch.compiler.is_compiling():
         return below(*args, **kwargs)
     reason = _refusal(block, args, kwargs)
     if reason is not None:
-        outcome.count(BELOW.format(reason))
+        ledger.count("fp8_operands", BELOW.format(reason))
         return below(*args, **kwargs)
     x: Tensor = args[0]
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)

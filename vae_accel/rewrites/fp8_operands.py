@@ -49,7 +49,7 @@ class Fp8Operands(Rewrite):
         ledger = ledger_of(root)
         assert ledger is not None
         alone = ledger.owner(site.path, "forward") != "fused_blocks"
-        pen.method(site.path, "forward", fp8.residual_block, pen.outcome, alone)
+        pen.method(site.path, "forward", fp8.residual_block, ledger, alone)
         for (norm, conv), gain in zip(fp8.PAIRS, site.facts["gains"], strict=True):
             pen.method(f"{site.path}.{norm}", "forward", fp8.norm, gain)
             pen.method(f"{site.path}.{conv}", "forward", fp8.conv, gain)
