@@ -59,7 +59,7 @@ def residual_block(block: Any, below: Callable[..., Tensor], reach: Reach, *args
 def _normed_conv(block: Any, which: int, reach: float, x: Tensor, **more: Any) -> Tensor:
     """A convolution behind its norm and SiLU, by pairs of lines where that is worth it."""
     norm, conv = getattr(block, f"norm{which}"), getattr(block, f"conv{which}")
-    whole = conv.padding_mode == "zeros" and conv.padding == (1, 1) if isinstance(conv, nn.Conv2d) else False
+    whole = isinstance(conv, nn.Conv2d) and (conv.padding_mode, conv.padding) == ("zeros", (1, 1))
     made = norm(x, lines=True) if whole and _halves(norm, reach, x) and in_lines(norm, conv, x) else None
     if made is not None:
         return conv(made, lines=True, **more)
