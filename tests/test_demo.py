@@ -110,10 +110,12 @@ def test_the_card_states_the_recorded_figures():
 
 
 def test_the_demo_prints_a_table_draws_a_picture_and_exits_0(tmp_path, monkeypatch):
-    monkeypatch.setenv("VAE_ACCEL_CONV3D_AS_CONV2D", "1")
+    monkeypatch.setenv("VAE_ACCEL_LATENT_CHUNKS", "1")
+    # fp32 sums of so small a picture depend on the processor (platforms/cpu/README.md).
+    monkeypatch.setenv("VAE_ACCEL_SINGLE_FRAME_CONV", "0")
     code, text, picture = run(tmp_path)
     assert code == 0
-    assert "conv3d_as_conv2d" in text
+    assert "latent_chunks" in text
     assert text.count("holds") == 2 and "float32" in text and "bfloat16" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
