@@ -11,10 +11,11 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
 
 import vae_accel
+from tests.offloads import grouped
 from tests.snapshots import assert_identical, snapshot
 from tests.subjects import everything, plan
 from tests.vaes import TABLE, Tiny
@@ -226,16 +227,12 @@ def sequential(vae):
     accelerate.cpu_offload(vae, CPU, offload_buffers=True)
 
 
-def leaf_groups(vae):
-    apply_group_offloading(vae, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
-
-
 def casting(vae):
     kept = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
     apply_layerwise_casting(vae, **kept, skip_modules_pattern=("norm",))
 
 
-@pytest.mark.parametrize("hook", [sequential, leaf_groups, casting])
+@pytest.mark.parametrize("hook", [sequential, grouped, casting])
 def test_weights_that_hooks_fetch_or_cast_are_left_to_them(hook):
     dtype = torch.float32 if hook is casting else torch.bfloat16
     stock, vae, late = build("sd", dtype), half(build("sd", dtype)), build("sd", dtype)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import accelerate
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import vae_accel
+from tests.offloads import grouped, sequential
 from tests.recorder import Recorder
 from tests.towers import PACKED, TABLE
 from vae_accel import storage
@@ -208,15 +207,6 @@ def test_gradients_and_autocast_are_stocks():
     with torch.autocast("cpu", torch.bfloat16):
         CLIP.outputs(ours, feed)
     assert counts(ours) == {f"{APART}: a gradient or autocast": 4}
-
-
-def sequential(model: nn.Module) -> None:
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def grouped(model: nn.Module) -> None:
-    cpu = torch.device("cpu")
-    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["optimize then offload", "offload then optimize"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import accelerate
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import vae_accel
 from tests.interpreter import kernels, poison
+from tests.offloads import grouped, sequential
 from tests.recorder import Recorder
 from tests.towers import PACKED, RELATIVES, TABLE
 from vae_accel.edits import Ledger, ledger_of
@@ -269,15 +268,6 @@ def test_what_transformers_captures(id):
         asked = {**feed, "output_attentions": True}
         assert len(tower.outputs(ours, asked)) > 2
         assert_near(tower.outputs(ours, asked), tower.outputs(stock, asked))
-
-
-def sequential(model: nn.Module) -> None:
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def grouped(model: nn.Module) -> None:
-    cpu = torch.device("cpu")
-    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["optimize then offload", "offload then optimize"])
