@@ -109,6 +109,14 @@ def test_rounding_refuses_and_says_why(clip):
     assert rounding_holds(biased, replace(stock, mean=-4e-4))[0], "no more biased than stock itself"
 
 
+def test_a_bias_of_few_values_is_granted_its_uncertainty(clip):
+    """Two standard errors of the mean, 2/sqrt(n), and no more."""
+    stock = compare(noisy(clip, 1e-3), clip, peak=2.0, ssim=False)
+    granted = 0.25 + 2 / math.sqrt(stock.values)
+    assert rounding_holds(replace(stock, mean=0.99 * granted * stock.rms), replace(stock, mean=0.0)) == (True, "")
+    assert "mean error" in rounding_holds(replace(stock, mean=1.01 * granted * stock.rms), replace(stock, mean=0.0))[1]
+
+
 def test_rounding_when_stock_is_the_golden(clip):
     golden = clip.double()
     stock = compare(golden.clone(), golden, peak=2.0, ssim=False)

@@ -20,7 +20,7 @@ from vae_accel.kernels._dispatch import E4M3
 from vae_accel.kernels.bordered import dense
 from vae_accel.kernels.fp8_conv import fp8_conv, gain_of, refusal, unfit
 from vae_accel.kernels.group_norm_act import group_norm_act
-from vae_accel.rewrite import runs_stock
+from vae_accel.rewrite import module_runs_stock
 
 ROWS = {name: kl.ROWS[name] for name in ("ResnetBlock2D", "HunyuanImageResnetBlock")}
 PAIRS = (("norm1", "conv1"), ("norm2", "conv2"))
@@ -100,7 +100,7 @@ def _refusal(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
     if not kl.alone(args, kwargs) or args[0].dim() != 4 or args[0].numel() == 0:
         return "it was given more than pictures"
     x = args[0]
-    if block.training or runs_stock(x, *block.parameters()):
+    if block.training or module_runs_stock(block, x):
         return "training, a gradient, or autocast"
     if (reason := _not_silu(block)) is not None:
         return reason

@@ -22,7 +22,7 @@ from vae_accel.families.row import Block, Hand
 from vae_accel.families.wan import fits_fp16, normed
 from vae_accel.kernels import bordered
 from vae_accel.kernels._dispatch import empty_in_layout_of
-from vae_accel.rewrite import runs_stock
+from vae_accel.rewrite import module_runs_stock, runs_stock
 
 
 def residual_block(block: Any, below: Callable[..., Tensor], half: bool, hidden_states: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def attention_block(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tens
 
 def upsample(block: Any, below: Callable[..., Tensor], x: Tensor) -> Tensor:
     """[N, C, T, H, W] -> [N, C', T, 2H, 2W], or 2T - 1 frames: the first stays single."""
-    if x.dim() != 5 or x.numel() == 0 or runs_stock(x, *block.parameters()):
+    if x.dim() != 5 or x.numel() == 0 or module_runs_stock(block, x):
         return below(x)
     y = block.conv(x)
     n, packed, t, h, w = y.shape

@@ -24,7 +24,7 @@ from vae_accel.families.row import Block, Hand
 from vae_accel.kernels import bordered
 from vae_accel.kernels._dispatch import empty_in_layout_of
 from vae_accel.kernels.eligible import wants_fp16
-from vae_accel.rewrite import runs_stock
+from vae_accel.rewrite import module_runs_stock, runs_stock
 
 Caches = dict[str, Any]
 
@@ -56,7 +56,7 @@ def up_block(
     """[N, C, T, H, W] -> [N, C', st T, s H, s W]: residual blocks, then channels become frames and pixels."""
     x = hidden_states
     adapted = not isinstance(block.proj, nn.Linear)
-    if adapted or x.dim() != 5 or x.numel() == 0 or runs_stock(x, *block.parameters()):
+    if adapted or x.dim() != 5 or x.numel() == 0 or module_runs_stock(block, x):
         return below(x, conv_cache)
     given, kept = conv_cache or {}, {}
     for i, resnet in enumerate(block.resnets):

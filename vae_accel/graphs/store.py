@@ -31,7 +31,7 @@ from vae_accel.graphs.packing import replay_packed
 from vae_accel.graphs.steering import GRID, Beneath, constants
 from vae_accel.graphs.witness import Witness
 from vae_accel.kernels import _dispatch
-from vae_accel.rewrite import Tier, runs_stock
+from vae_accel.rewrite import Tier, module_runs_stock
 
 REMEMBERED = 64  # calls seen once, or that cannot be captured
 
@@ -144,7 +144,7 @@ class Graphs:
             raise CannotCapture(refusal)
         if self._capture.busy():  # a torch without CUDA cannot be asked
             raise CannotCapture("inside another capture")
-        if runs_stock(*tensors, *(module.parameters() if torch.is_grad_enabled() else ())):
+        if module_runs_stock(module, *tensors):
             raise CannotCapture("a gradient is wanted, or autocast is on")
         if self._signature is None:
             self._signature = Signature(module)

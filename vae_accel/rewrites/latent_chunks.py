@@ -25,7 +25,7 @@ from vae_accel.edits import Ledger, Pen, obstacle
 from vae_accel.families import chunked
 from vae_accel.families.match import estranged
 from vae_accel.kernels._dispatch import is_channels_last
-from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+from vae_accel.rewrite import Rewrite, Site, Tier, module_runs_stock
 
 SLOTS = ("_decode", "_encode")  # beneath `decode` and `encode`: slicing and the hook that moves the model stay stock's
 
@@ -153,8 +153,7 @@ def _takes(vae: Any, x: Tensor) -> bool:
     which what memory is free says nothing."""
     if x.dim() != 5 or x.numel() == 0 or vae.use_tiling or torch.compiler.is_compiling():
         return False
-    # To gather the parameters of Qwen-Image takes the host 2 ms: without gradients nobody asks them.
-    return not runs_stock(x, *(vae.parameters() if torch.is_grad_enabled() else ()))
+    return not module_runs_stock(vae, x)
 
 
 def _refusal(root: nn.Module, ledger: Ledger, path: str) -> str | None:

@@ -25,7 +25,7 @@ from vae_accel.families.segments import Segments
 from vae_accel.kernels import segment_attention as kernel
 from vae_accel.kernels.rotary import rotary
 from vae_accel.kernels.segment_attention import segment_attention
-from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+from vae_accel.rewrite import Rewrite, Site, Tier, module_runs_stock
 
 # Segments up to here are the kernel's that turns queries and keys as it loads them; longer ones, a library's after a
 # pass that turns them. Windows are of 64 tokens. On an H100 256 tokens take 13.6 us in one kernel and 11.1 in two, 784
@@ -113,8 +113,7 @@ def _unproved(
         return "its weights are asked for"
     if attention.training and attention.attention_dropout > 0:
         return "dropout"
-    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in attention.parameters())
-    if wanted or runs_stock(hidden_states):
+    if module_runs_stock(attention, hidden_states):
         return "a gradient or autocast"
     known = {len(hidden_states)} if found.lengths is None else {len(hidden_states), sum(found.lengths)}
     return None if {len(t) for t in angles} == known else "segments or positions of another length"

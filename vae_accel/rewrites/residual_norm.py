@@ -23,7 +23,7 @@ from vae_accel.edits import Ledger, Pen, is_unseen, ledger_of, obstacle
 from vae_accel.families import row_norms, towers
 from vae_accel.families.layers import LAYERS, Layer
 from vae_accel.families.match import estranged, known_as
-from vae_accel.rewrite import Rewrite, Site, Tier, runs_stock
+from vae_accel.rewrite import Rewrite, Site, Tier, module_runs_stock
 
 JOINED, APART = "sums with the norm of them", "sums by themselves"
 _NOTE = "_vae_accel_normed"
@@ -62,7 +62,7 @@ def forward(
     """`forward(hidden_states [..., C], ...)`: [..., C]. What follows the first argument is the attention's."""
     if torch.compiler.is_compiling() or hidden_states.is_meta:
         return below(hidden_states, *args, **kwargs)
-    if (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())) or runs_stock(hidden_states):
+    if module_runs_stock(layer, hidden_states):
         ledger.count(ResidualNorm.name, "layers as they were: a gradient or autocast")
         return below(hidden_states, *args, **kwargs)
     first, second = (getattr(layer, name) for name in row.norms)
